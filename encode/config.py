@@ -1,0 +1,297 @@
+"""The settings, in the order the data moves, and the one door by which they enter.
+
+*What* is computed is a `Config`: defaults here, a YAML preset lists only what differs, unknown keys are refused.
+*Where* it runs is `Places`, from the environment (or from an orchestrator's connections), never from a preset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import date
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from encode.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and a key that is not listed is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GeneratorConfig(Section):
+    """A made-up log with planted interests: each user draws from few categories, lengths are lognormal."""
+
+    num_users: Positive = 300
+    num_items: Positive = 2_000
+    num_categories: Positive = 40
+    interests_per_user: Positive = 4
+    median_length: Positive = 150
+    length_sigma: Annotated[float, Field(ge=0)] = 0.8
+    max_length: Positive = 100_000
+    start: date = date(2024, 1, 1)
+    num_days: Positive = 60
+    noise: Share = 0.15
+    seed: int = 0
+
+
+class SourceConfig(Section):
+    """The raw log: its format, where it lies, and how its columns are called."""
+
+    reader: Literal["parquet", "taobao", "recbole", "movielens", "complete-journey", "generated"] = "parquet"
+    path: Path | None = None
+    """File or folder; not needed for `complete-journey` and `generated`, which bring their own."""
+    columns: dict[Literal["user_id", "item_id", "category_id", "behavior", "timestamp"], str] = {}
+    """Contract name -> column name in the file, where they differ. `category_id` and `behavior` may be absent."""
+    time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    default_behavior: str = "view"
+    """Behavior of every row where the log has no such column."""
+    earliest: date = date(1990, 1, 1)
+    latest: date = date(2100, 1, 1)
+    """Rows at or after this day are rejected: their clock or their unit is wrong."""
+    generator: GeneratorConfig = GeneratorConfig()
+
+
+class ValidationConfig(Section):
+    """What a daily partition must be like."""
+
+    behaviors: tuple[str, ...] | None = None
+    """Allowed behavior names; None allows any that is not empty."""
+    max_rejected_share: Share = 0.01
+    """A day with a larger share of rejected rows is refused as a whole."""
+    min_rows: Annotated[int, Field(ge=0)] = 1
+    min_users: Annotated[int, Field(ge=0)] = 1
+    reject_duplicates: bool = True
+    """Reject a row that equals an earlier row of its day in all five columns."""
+
+
+class ModelConfig(Section):
+    """The space and the CTR model. D, P and K are the symbols of the paper (d, m, K)."""
+
+    embedding_dim: Positive = 64
+    """D: width of a behavior embedding e, the item's and its category's part side by side."""
+    category_dim: Positive = 16
+    projected_dim: Positive = 16
+    """P: width of h = W_h^T e, in which behaviors are compared, clustered and attended to."""
+    reduction: Literal["learned", "random"] = "learned"
+    """`random` keeps the random projection that `learned` starts from."""
+    margin: Literal["dynamic", "fixed"] = "dynamic"
+    margin_weight: Annotated[float, Field(ge=0)] = 0.5
+    """lambda of the dynamic margin; the margin itself when it is fixed."""
+    triplet_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the triplet loss beside the log loss."""
+    pooling: Literal["relevance", "mean"] = "relevance"
+    """How a cluster's value is made of its behaviors' embeddings."""
+    size_prior: Annotated[float, Field(ge=0)] = 1.0
+    """eta: weight of log n_k in the attention over interests; 1 is exact when a cluster's keys coincide."""
+    initial_scale: Annotated[float, Field(gt=0)] = 8.0
+    """Scale of the cosine in the relevance at the start; learned afterwards."""
+    recent_length: Positive = 50
+    """Behaviors that the recent branch attends to."""
+    hidden_dims: tuple[Positive, ...] = (128, 64)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.category_dim >= self.embedding_dim:
+            raise ValueError(f"category_dim {self.category_dim} must be below embedding_dim {self.embedding_dim}")
+        if self.projected_dim > self.embedding_dim:
+            raise ValueError(f"projected_dim {self.projected_dim} must not exceed embedding_dim {self.embedding_dim}")
+        return self
+
+
+class ClusteringConfig(Section):
+    """Spherical k-means over each user's history."""
+
+    num_clusters: Annotated[int, Field(gt=0, le=255)] = 32
+    """K: interests a user has at most."""
+    num_iterations: Positive = 10
+    seed: int = 0
+
+
+class TrainingConfig(Section):
+    """Splits by time, counted back from the end of the window, and the optimizer."""
+
+    train_days: Positive = 56
+    valid_days: Positive = 7
+    test_days: Positive = 7
+    snapshot_days: Positive = 7
+    """Age that long-term interests reach before the next snapshot, in training and evaluation."""
+    positive_behaviors: tuple[str, ...] | None = None
+    """Behaviors that count as a click; None takes all. Histories always hold all."""
+    num_negatives: Positive = 4
+    """Negatives drawn for each positive."""
+    negative_sampling: Literal["popularity", "uniform"] = "popularity"
+    min_item_count: Positive = 5
+    """Rarer items share one embedding per category."""
+    max_positives: Positive = 150_000
+    """Positives of the training split that are used at most, drawn at random."""
+    max_eval_positives: Positive = 40_000
+    num_epochs: Positive = 2
+    patience: Positive = 1
+    """Epochs without a better validation GAUC before training stops."""
+    histories_per_batch: Positive = 64
+    """Histories (one user as of one snapshot day) that one update pools, with all their impressions."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    seed: int = 0
+
+
+class RefreshConfig(Section):
+    """How a snapshot is laid out."""
+
+    num_parts: Annotated[int, Field(gt=0, le=1000)] = 8
+    """Files of a snapshot; a user's file is a hash of the user id."""
+
+
+class ReleaseConfig(Section):
+    """The gates before a model version serves."""
+
+    min_auc: Share = 0.6
+    min_gauc: Share = 0.55
+    max_logloss: Annotated[float, Field(gt=0)] = 0.6
+    calibration: tuple[float, float] = (0.8, 1.25)
+    """Mean predicted over mean observed, lowest and highest allowed."""
+    min_coverage: Share = 0.9
+    """Share of the test window's users that the snapshot must hold."""
+    max_auc_loss: Share = 0.002
+    """AUC that a candidate may lose to the champion, both measured on the candidate's test window."""
+
+
+class RegistryConfig(Section):
+    """Names in MLflow."""
+
+    model_name: str = "encode-ctr"
+    experiment: str = "encode"
+
+
+class Config(Section):
+    """All settings of one log: a preset plus the defaults."""
+
+    name: str
+    source: SourceConfig = SourceConfig()
+    validation: ValidationConfig = ValidationConfig()
+    model: ModelConfig = ModelConfig()
+    clustering: ClusteringConfig = ClusteringConfig()
+    training: TrainingConfig = TrainingConfig()
+    refresh: RefreshConfig = RefreshConfig()
+    release: ReleaseConfig = ReleaseConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+
+def presets() -> list[str]:
+    """Return the names of the presets that ship with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("encode") / "presets").iterdir())
+
+
+def load_config(preset: str) -> Config:
+    """Load a preset by name, or a user's own from a path that ends in .yaml or .yml.
+
+    A relative `source.path` in a user's file is taken from the folder of that file.
+
+    Raises:
+        ConfigError: names the preset, the key, what was found and what was expected.
+    """
+    import yaml
+
+    if preset.endswith((".yaml", ".yml")):
+        path = Path(preset)
+        if not path.is_file():
+            raise ConfigError(f"preset {preset}: no such file")
+        text, folder = path.read_text(encoding="utf-8-sig"), path.absolute().parent
+    elif preset in presets():
+        text, folder = (resources.files("encode") / "presets" / f"{preset}.yaml").read_text(), None
+    else:
+        raise ConfigError(f"preset {preset!r}: unknown; have {', '.join(presets())}, or give a path to a .yaml file")
+    try:
+        values: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"preset {preset}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"preset {preset}: found {type(values).__name__}, expected settings as `section: ...`")
+    config = _validated(preset, {"name": Path(preset).stem} | values)
+    source = config.source
+    if folder and source.path and not source.path.is_absolute():
+        config = config.model_copy(update={"source": source.model_copy(update={"path": folder / source.path})})
+    return config
+
+
+def _validated(preset: str, values: Mapping[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            where = ".".join(str(part) for part in problem["loc"]) or "preset"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{where}: unknown key; {_known_keys(problem['loc'])}")
+            else:
+                lines.append(f"{where}: {problem['msg']}, found {problem.get('input')!r}")
+        raise ConfigError(f"preset {preset}: " + "; ".join(lines)) from None
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, Section):
+            return "see encode/config.py"
+        section = field.annotation
+    return "expected one of " + ", ".join(section.model_fields)
+
+
+class Places(Section):
+    """Where a run reads and writes."""
+
+    store: str
+    """`s3://bucket[/prefix]` or a folder."""
+    endpoint_url: str | None = None
+    """None means the cloud's own endpoint for the region."""
+    region: str = "us-east-1"
+    access_key: str | None = None
+    """None lets the client find credentials (profile, role)."""
+    secret_key: SecretStr | None = None
+    single_writer: bool = False
+    """Use a store that ignores conditional writes, on your word that only one process publishes."""
+    tracking_uri: str | None = None
+    serving_url: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read the variables that S3 and MLflow clients already read, ENCODE_STORE and ENCODE_SERVING_URL.
+
+        Raises:
+            ConfigError: ENCODE_STORE is not set.
+        """
+        get = environment.get
+        store = get("ENCODE_STORE")
+        if not store:
+            raise ConfigError(
+                "ENCODE_STORE is not set; expected s3://bucket[/prefix] or a folder. "
+                "`encode stack up` starts a local one, `--workdir` uses a folder without any server"
+            )
+        secret = get("AWS_SECRET_ACCESS_KEY")
+        return cls(
+            store=store,
+            endpoint_url=get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL"),
+            region=get("AWS_DEFAULT_REGION") or get("AWS_REGION") or "us-east-1",
+            access_key=get("AWS_ACCESS_KEY_ID"),
+            secret_key=SecretStr(secret) if secret else None,
+            single_writer=get("ENCODE_SINGLE_WRITER") == "1",
+            tracking_uri=get("MLFLOW_TRACKING_URI"),
+            serving_url=get("ENCODE_SERVING_URL"),
+        )
+
+    @classmethod
+    def in_folder(cls, workdir: Path) -> Self:
+        """Return places inside one folder, without any server."""
+        root = workdir.absolute()
+        return cls(store=str(root / "store"), tracking_uri=f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")

@@ -1,0 +1,205 @@
+"""The suite that judges a day, run by Great Expectations, and the page that shows the result.
+
+Great Expectations reports, it does not move rows: what is wrong with each row is decided in `encode.data.verdicts`,
+and the suite judges counts, shares and ranges over the whole day. A failed `critical` expectation refuses the day,
+a failed `warning` is reported. Result and page hold no dates of the run and no random ids: equal days give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from encode.config import ValidationConfig
+from encode.data.verdicts import REASONS, Verdict
+from encode.errors import EncodeError
+from encode.schema import SECONDS_PER_DAY, day_start
+
+_RANDOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_FROM_ELSEWHERE = re.compile(
+    r'<script\b[^>]*\bsrc="[^"]*"[^>]*>\s*</script>|<link\b[^>]*>|<img\b[^>]*>|<script>.*?</script>|<footer\b.*?</footer>',
+    re.DOTALL,
+)
+_STYLE = """<style>
+body{font:14px/1.5 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}h4,h5,h6{margin:.4rem 0}
+table{border-collapse:collapse;margin:.5rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
+.alert{background:#eef;padding:.5rem .8rem}.badge{border:1px solid #999;border-radius:3px;padding:0 .3rem}
+.text-success:before{content:"\\2713 ";color:#080}.text-danger:before,.text-warning:before{content:"\\2717 ";color:#b00}
+nav,.card-header,.btn-group{display:none}ul{margin:0}
+@media (prefers-color-scheme:dark){body{background:#181818;color:#ddd}.alert{background:#223}td,th{border-color:#444}}
+</style>"""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """What Great Expectations says about a day."""
+
+    failed: tuple[str, ...]
+    """Critical expectations that failed, each with what was found and expected."""
+    warnings: tuple[str, ...]
+    rejected: int
+    """Rows with a reason, as Great Expectations counted them."""
+    result: bytes
+    """JSON."""
+    page: bytes
+    """HTML, complete in itself: it loads nothing from elsewhere."""
+
+
+def judge_day(day: date, verdicts: Sequence[Verdict], config: ValidationConfig) -> Judgment:
+    """Run the suite over the verdicts of all rows of a day.
+
+    Raises:
+        EncodeError: an expectation could not be evaluated at all.
+    """
+    with _quiet():
+        result = _validate(day, _frame(verdicts), config)
+        page = _render(day, result)
+    failed: list[str] = []
+    warned: list[str] = []
+    rejected = -1
+    for one in result.results:
+        settings = one.expectation_config
+        if one.exception_info.get("raised_exception"):
+            raise EncodeError(f"validation of {day}: {settings.type} failed: {one.exception_info['exception_message']}")
+        if settings.type == "expect_column_values_to_be_null":
+            rejected = int(one.result["unexpected_count"])
+        if not one.success:
+            (failed if settings.severity == "critical" else warned).append(_describe(one))
+    return Judgment(tuple(sorted(failed)), tuple(sorted(warned)), rejected, _to_json(day, result), page)
+
+
+def _expectations(day: date, config: ValidationConfig) -> list[Any]:
+    """Return the suite: first what refuses a day, then what is worth a look."""
+    import great_expectations.expectations as gxe
+    from great_expectations.expectations.row_conditions import Column
+
+    accepted = {"row_condition": Column("reason").is_null(), "condition_parser": "great_expectations"}
+    mostly = 1 - config.max_rejected_share
+    first = day_start(day)
+    suite = [
+        gxe.ExpectColumnValuesToBeNull(column="reason", mostly=mostly, severity="critical"),
+        gxe.ExpectTableRowCountToBeBetween(min_value=config.min_rows, severity="critical", **accepted),
+        gxe.ExpectColumnUniqueValueCountToBeBetween(
+            column="user_id", min_value=config.min_users, severity="critical", **accepted
+        ),
+    ]
+    suite += [
+        gxe.ExpectColumnValuesToNotBeNull(column=name, mostly=mostly, severity="warning")
+        for name in ("user_id", "item_id", "behavior", "timestamp")
+    ]
+    suite += [
+        gxe.ExpectColumnValuesToBeBetween(column=name, min_value=low, max_value=high, mostly=mostly, severity="warning")
+        for name, low, high in (
+            ("user_id", 1, None),
+            ("item_id", 1, None),
+            ("category_id", 0, None),
+            ("timestamp", first, first + SECONDS_PER_DAY - 1),
+        )
+    ]
+    if config.behaviors is not None:
+        suite.append(
+            gxe.ExpectColumnValuesToBeInSet(
+                column="behavior", value_set=list(config.behaviors), mostly=mostly, severity="warning"
+            )
+        )
+    return suite
+
+
+def _frame(verdicts: Sequence[Verdict]) -> Any:
+    """Return all rows as a pandas frame of numpy dtypes; unreadable values are NaN or None."""
+    import pandas as pd
+
+    reason = np.concatenate([v.reason for v in verdicts]) if verdicts else np.zeros(0, np.int8)
+    columns: dict[str, Any] = {}
+    for name in ("user_id", "item_id", "category_id", "timestamp"):
+        values = np.concatenate([getattr(v, name) for v in verdicts]) if verdicts else np.zeros(0, np.int64)
+        unreadable = np.isin(reason, _unreadable_codes(name))
+        columns[name] = np.where(unreadable, np.nan, values) if unreadable.any() else values
+    behavior = pa.chunked_array([v.behavior for v in verdicts], pa.string()).combine_chunks().dictionary_encode()
+    names = np.array([*behavior.dictionary.to_pylist(), None], object)
+    columns["behavior"] = names[behavior.indices.fill_null(len(names) - 1).to_numpy()]
+    columns["reason"] = np.array([None, *REASONS[1:]], object)[reason]
+    return pd.DataFrame({name: pd.Series(values, dtype=values.dtype) for name, values in columns.items()})
+
+
+@cache
+def _unreadable_codes(column: str) -> tuple[int, ...]:
+    ends = ("missing", "not_integer", "inexact")
+    return tuple(c for c, r in enumerate(REASONS) if r in {f"{column}_{end}" for end in ends} | {"malformed_row"})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@cache
+def _context() -> tuple[Any, Any]:
+    """Return the one context of this process and a batch definition for frames; the import takes seconds."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    import great_expectations as gx
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False, "metric_calculations": False, "profilers": False}
+    asset = context.data_sources.add_pandas("behaviors").add_dataframe_asset("day")
+    return context, asset.add_batch_definition_whole_dataframe("whole")
+
+
+def _validate(day: date, frame: Any, config: ValidationConfig) -> Any:
+    context, definition = _context()
+    import great_expectations as gx
+
+    suite = gx.ExpectationSuite("behaviors", expectations=_expectations(day, config))
+    batch = definition.get_batch({"dataframe": frame})
+    return batch.validate(suite, result_format="SUMMARY")
+
+
+def _describe(one: Any) -> str:
+    """Return one failed expectation in a line: what it is, what was found, what was expected."""
+    settings, result = one.expectation_config, one.result
+    kwargs = {k: v for k, v in settings.kwargs.items() if k not in ("batch_id", "row_condition", "condition_parser")}
+    expected = ", ".join(f"{key} {value}" for key, value in sorted(kwargs.items()) if key != "column")
+    if "observed_value" in result:
+        found = f"found {result['observed_value']}"
+    else:
+        found = f"{result['unexpected_count']} of {result['element_count']} rows are not so"
+    return f"{settings.type}({kwargs.get('column', 'rows')}): {found}, expected {expected}"
+
+
+def _to_json(day: date, result: Any) -> bytes:
+    """Return the result without what differs from run to run."""
+    values = result.to_json_dict()
+    values["meta"] = {"great_expectations_version": values["meta"]["great_expectations_version"], "day": str(day)}
+    values.pop("id", None)
+    for one in values["results"]:
+        one["expectation_config"].pop("id", None)
+    values["results"].sort(key=lambda one: json.dumps(one["expectation_config"], sort_keys=True))
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _render(day: date, result: Any) -> bytes:
+    from great_expectations.core.run_identifier import RunIdentifier
+    from great_expectations.render.renderer import ValidationResultsPageRenderer
+    from great_expectations.render.view import DefaultJinjaPageView
+
+    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    result.meta.pop("batch_markers", None)
+    result.meta["run_id"] = RunIdentifier(run_name=f"dt={day}", run_time=midnight)
+    html: str = DefaultJinjaPageView().render(ValidationResultsPageRenderer(run_info_at_end=True).render(result))
+    html = _FROM_ELSEWHERE.sub("", html).replace("</head>", _STYLE + "</head>", 1)
+    seen: dict[str, str] = {}
+    html = _RANDOM_ID.sub(lambda found: seen.setdefault(found[0], f"id-{len(seen) + 1}"), html)
+    return re.sub(r"\s*\n\s*", "\n", html).encode()

@@ -1,0 +1,1 @@
+"""Interests: clustering histories, pooling clusters, publishing snapshots."""

@@ -1,0 +1,1 @@
+"""The space and the CTR model: one relevance from training to serving."""

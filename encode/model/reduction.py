@@ -1,0 +1,72 @@
+"""The metric-learned reduction: how W_h is trained to keep relative distances of behaviors.
+
+    T triplets   D embedding_dim   P projected_dim
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def random_projection(embedding_dim: int, projected_dim: int, generator: torch.Generator) -> Float[Tensor, "D P"]:
+    """Return a Gaussian random projection with E ||W^T e||^2 = ||e||^2 (Johnson-Lindenstrauss), the start of W_h."""
+    return torch.randn(embedding_dim, projected_dim, generator=generator) / projected_dim**0.5
+
+
+def draw_triplets(
+    offsets: Int64[Tensor, " U_plus_1"], num_triplets: int, generator: torch.Generator
+) -> Int64[Tensor, "T 3"]:
+    """Draw positions (anchor, other, another) uniformly from the history of one user each.
+
+    Args:
+        offsets: start of each user's behaviors, then the end of the last.
+        num_triplets: T at most: users with fewer than 3 behaviors give none.
+        generator: drawn anew at every update, from one seeded stream.
+    """
+    lengths = offsets.diff()
+    users = torch.nonzero(lengths >= 3).squeeze(1)
+    if len(users) == 0:
+        return offsets.new_zeros(0, 3)
+    user = users[torch.randint(len(users), (num_triplets,), generator=generator)]
+    place = (torch.rand(num_triplets, 3, generator=generator) * lengths[user, None]).long()
+    return offsets[user, None] + place
+
+
+def dynamic_triplet_loss(
+    original: Float[Tensor, "T 3 D"],
+    projected: Float[Tensor, "T 3 P"],
+    margin_weight: float,
+    margin: Literal["dynamic", "fixed"],
+) -> Float[Tensor, ""]:
+    """Return the mean of L = [D_h(a, p) - D_h(a, n) + alpha]_+ with D = 1 - cos.
+
+    Of the two other behaviors the one more relevant to the anchor in the *original* space is the positive. The
+    dynamic margin alpha = lambda (D_e(a, n) - D_e(a, p)) asks the projection to keep *how much* closer, too; a
+    fixed one, alpha = lambda, keeps order only. `original` is detached: the reduction follows the embeddings, not
+    the other way round. Known of the paper: a "dynamic triplet loss" over (anchor, positive, negative); the
+    selection rule and the form of the margin are ours.
+
+    Args:
+        original: e of anchor and two others; triplets of equal others (distance difference 0) add no loss.
+        projected: h of the same behaviors, of any length.
+        margin_weight: lambda, or the margin itself when `margin` is "fixed".
+        margin: which of the two.
+    """
+    if len(original) == 0:
+        return projected.sum() * 0
+    gap = _distance_gap(original.detach())
+    order = torch.sign(gap)
+    kept = order * _distance_gap(projected)
+    alpha = margin_weight * (gap.abs() if margin == "dynamic" else torch.ones_like(gap))
+    return (F.relu(alpha - kept) * (order != 0)).mean()
+
+
+def _distance_gap(triplet: Float[Tensor, "T 3 C"]) -> Float[Tensor, " T"]:
+    """D(anchor, third) - D(anchor, second), positive where the second is closer."""
+    cosine = F.cosine_similarity(triplet[:, :1], triplet[:, 1:], dim=2)
+    return cosine[:, 0] - cosine[:, 1]

@@ -1,0 +1,116 @@
+"""The space: what gives interests their meaning, and the id that says so.
+
+Interests only mean something to the embeddings and the reducer that made them. A space is immutable, and its id is
+the digest of its content, so a snapshot and a model can be joined by comparing two strings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from encode.config import ClusteringConfig
+from encode.data.vocabulary import Vocabulary
+from encode.errors import ArtifactError
+from encode.model.ctr import Reader, Tables
+from encode.schema import canonical_json, digest
+
+SPACE_FILES = ("space.json", "space.safetensors")
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SpaceConfig:
+    """What shapes interests beside the tables."""
+
+    clustering: ClusteringConfig
+    pooling: str
+    recent_length: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """Embeddings e, keys h, the relevance's scale, the vocabulary, and the clustering settings."""
+
+    config: SpaceConfig
+    vocabulary: Vocabulary
+    embedding: npt.NDArray[np.float32]
+    """e of each index, [V, D]."""
+    key: npt.NDArray[np.float32]
+    """h of each index, unit vectors, [V, P]."""
+    projection: npt.NDArray[np.float32]
+    """W_h, [D, P]."""
+    scale: float
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """The two files of the space: settings as JSON, numbers as safetensors. No code in either."""
+        tensors = {
+            "embedding": self.embedding,
+            "key": self.key,
+            "projection": self.projection,
+            "scale": np.array([self.scale], np.float32),
+            "item_ids": self.vocabulary.item_ids,
+            "item_category_ids": self.vocabulary.item_category_ids,
+            "category_ids": self.vocabulary.category_ids,
+        }
+        settings = {
+            "clustering": self.config.clustering.model_dump(),
+            "pooling": self.config.pooling,
+            "recent_length": self.config.recent_length,
+        }
+        return {
+            "space.json": canonical_json(settings),
+            "space.safetensors": save({name: np.ascontiguousarray(value) for name, value in tensors.items()}),
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """Digest of settings, tables and vocabulary: 16 hex digits."""
+        return digest("".join(digest(self.files[name]) for name in SPACE_FILES).encode())[:16]
+
+
+def space_of(tables: Tables, reader: Reader, vocabulary: Vocabulary, config: SpaceConfig) -> Space:
+    """Freeze a trained model's tables into a space."""
+    with torch.no_grad():
+        embedding = tables.embed(torch.arange(len(vocabulary)))
+        key = tables.project(embedding)
+        scale = float(reader.scale)
+    projection = tables.projection.detach()
+    return Space(config, vocabulary, embedding.numpy(), key.numpy(), projection.numpy(), scale)
+
+
+def load_space(files: dict[str, bytes], where: str) -> Space:
+    """Read a space from its two files.
+
+    Raises:
+        ArtifactError: a file is missing or not what it should be; `where` names the place.
+    """
+    import json
+
+    try:
+        settings: dict[str, Any] = json.loads(files["space.json"])
+        tensors = load(files["space.safetensors"])
+        vocabulary = Vocabulary(tensors["category_ids"], tensors["item_ids"], tensors["item_category_ids"])
+        config = SpaceConfig(**settings)
+        space = Space(
+            config,
+            vocabulary,
+            tensors["embedding"],
+            tensors["key"],
+            tensors["projection"],
+            float(tensors["scale"][0]),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError, SafetensorError) as error:
+        raise ArtifactError(f"{where}: not a space ({type(error).__name__}: {error}); train it again") from None
+    if len(space.embedding) != len(vocabulary) or len(space.key) != len(vocabulary):
+        raise ArtifactError(f"{where}: {len(space.embedding)} embeddings for a vocabulary of {len(vocabulary)}")
+    return space

@@ -1,0 +1,199 @@
+"""What passes between the steps: columns, reserved ids, days and fingerprints.
+
+Column meanings and units are those of the data contracts: ids are positive int64, 0 pads, timestamps are
+UTC seconds. Nothing here reads or writes; `encode.storage` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from encode.errors import ConfigError
+
+PADDING = 0
+"""Index and id that stand for "nothing here"; never a real user, item or category."""
+UNKNOWN = 1
+"""Index of an item or category outside the trained vocabulary."""
+
+SECONDS_PER_DAY = 86_400
+
+BEHAVIORS = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.int64(), nullable=False),
+        pa.field("category_id", pa.int64(), nullable=False),
+        pa.field("behavior", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        pa.field("timestamp", pa.int64(), nullable=False),
+    ]
+)
+"""One row a behavior: who, what, of which category (0 = none), how (pv, cart, buy, ...), when (UTC seconds)."""
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("user_id", pa.string()),
+        pa.field("item_id", pa.string()),
+        pa.field("category_id", pa.string()),
+        pa.field("behavior", pa.string()),
+        pa.field("timestamp", pa.string()),
+    ]
+)
+"""A rejected row, its values as text exactly as they were read, and why it was rejected."""
+
+ITEMS = pa.schema(
+    [
+        pa.field("item_id", pa.int64(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+    ]
+)
+"""Names of items for people to read; optional, never used by the model."""
+
+HISTORIES = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.list_(pa.int64()), nullable=False),
+        pa.field("category_id", pa.list_(pa.int64()), nullable=False),
+        pa.field("timestamp", pa.list_(pa.int64()), nullable=False),
+    ]
+)
+"""One row a user: all behaviors before some day, oldest first."""
+
+
+def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
+    """One row a user: the interests of that user and the most recent behaviors.
+
+    The lists `center` (unit vectors, P), `value` (D), `size` (behaviors in the cluster), `newest` (UTC seconds)
+    and `top_items` (most frequent item ids, best first) run in parallel, largest interest first.
+    """
+    vector = pa.list_(pa.float32(), projected_dim), pa.list_(pa.float32(), embedding_dim)
+    return pa.schema(
+        [
+            pa.field("user_id", pa.int64(), nullable=False),
+            pa.field("num_behaviors", pa.int64(), nullable=False),
+            pa.field("center", pa.list_(vector[0]), nullable=False),
+            pa.field("value", pa.list_(vector[1]), nullable=False),
+            pa.field("size", pa.list_(pa.int64()), nullable=False),
+            pa.field("newest", pa.list_(pa.int64()), nullable=False),
+            pa.field("top_items", pa.list_(pa.list_(pa.int64())), nullable=False),
+            pa.field("recent_item_id", pa.list_(pa.int64()), nullable=False),
+            pa.field("recent_category_id", pa.list_(pa.int64()), nullable=False),
+            pa.field("recent_timestamp", pa.list_(pa.int64()), nullable=False),
+        ]
+    )
+
+
+# --- days ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """The days [start, end) that a run covers, in UTC. `end` is also the `as_of` of what it makes."""
+
+    start: date
+    end: date
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ConfigError(
+                f"window: start {self.start} is not before end {self.end}; expected at least one day, "
+                "the end being the first day that is not part of it"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.start}..{self.end}"
+
+    def days(self) -> Iterator[date]:
+        """Yield each day, oldest first."""
+        for offset in range((self.end - self.start).days):
+            yield self.start + timedelta(days=offset)
+
+
+def resolve_window(
+    start: str | None = None,
+    end: str | None = None,
+    partition_key: str | None = None,
+    interval: tuple[datetime | None, datetime | None] | None = None,
+) -> Window:
+    """Find the days of a run: explicit days, else the partition, else the scheduled interval, else fail.
+
+    The wall clock is never asked. An explicit `start` alone means that one day, an explicit `end` alone the day
+    before it. A partition key is `YYYY-MM-DD` or `YYYY-MM-DD..YYYY-MM-DD` (end exclusive). A scheduled interval
+    must have a length: Airflow gives runs of a plain cron string an interval of zero length.
+
+    Raises:
+        ConfigError: nothing says which days are meant, or what says so is not a day.
+    """
+    if start or end:
+        first = parse_day(start, "start") if start else parse_day(str(end), "end") - timedelta(days=1)
+        return Window(first, parse_day(end, "end") if end else first + timedelta(days=1))
+    if partition_key:
+        left, _, right = partition_key.partition("..")
+        first = parse_day(left, "partition key")
+        return Window(first, parse_day(right, "partition key") if right else first + timedelta(days=1))
+    if interval and interval[0] and interval[1] and interval[0] < interval[1]:
+        return Window(interval[0].astimezone(UTC).date(), interval[1].astimezone(UTC).date())
+    raise ConfigError(
+        "window: no days given: found no start or end, no partition key and no scheduled interval with a length; "
+        "set start and end (YYYY-MM-DD, end exclusive) when you trigger the run"
+    )
+
+
+def parse_day(text: str, field: str) -> date:
+    """Read `YYYY-MM-DD`.
+
+    Raises:
+        ConfigError: names `field` and the text.
+    """
+    try:
+        return date.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(f"{field}: found {text!r}, expected a day as YYYY-MM-DD") from None
+
+
+def day_start(day: date) -> int:
+    """Return the first second of `day`, UTC."""
+    return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
+
+
+def day_of(timestamp: int) -> date:
+    """Return the UTC day of a timestamp in seconds."""
+    return datetime.fromtimestamp(timestamp, UTC).date()
+
+
+# --- identity ----------------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one spelling of `value`: sorted keys, no spaces, UTF-8, NaN refused."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(value: Mapping[str, Any]) -> str:
+    """Return the digest of the canonical JSON of `value`: equal for equal content, whatever the key order."""
+    return digest(canonical_json(value))
+
+
+def bucket_of(user_id: npt.NDArray[np.int64], num_buckets: int) -> npt.NDArray[np.int64]:
+    """Return the bucket of each user: splitmix64 of the id modulo `num_buckets`, so that ranges spread evenly."""
+    x = user_id.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(num_buckets)).astype(np.int64)

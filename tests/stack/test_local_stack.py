@@ -1,0 +1,293 @@
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from botocore.exceptions import ClientError
+
+from encode.errors import ArtifactError, ConfigError
+from encode.stack import components, health, home, local
+
+SMALL = ("objectstore", "mlflow")
+
+
+def quiet(line: str) -> None:
+    """Nobody reads the progress."""
+
+
+def running_in(folder: Path) -> list[str]:
+    """Command lines of the processes that name `folder` or live in it."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
+            if alive and (str(folder) in line or str(folder) in process.cwd()):
+                found.append(line)
+    return found
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """Object store and MLflow, started while the usual port of the store is taken."""
+    folder = tmp_path_factory.mktemp("stack") / "home"
+    with ExitStack() as closing:
+        taken = closing.enter_context(socket.socket())
+        with suppress(OSError):
+            taken.bind(("127.0.0.1", components.DEFAULT_PORTS["objectstore"]))
+            taken.listen()
+        try:
+            yield local.up(folder, dags_folder=folder, say=quiet, components=SMALL)
+        finally:
+            local.down(folder, say=quiet)
+
+
+def client(stack, secret=None):
+    environment = stack.environment()
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=secret or environment["AWS_SECRET_ACCESS_KEY"],
+    )
+
+
+def test_up_is_healthy_and_a_second_up_changes_nothing(stack):
+    before = {found.name: found for found in local.status(stack.home)}
+    assert [before[name].state for name in components.NAMES] == ["healthy", "healthy", "stopped", "stopped"]
+    again = local.up(stack.home, dags_folder=stack.home, say=quiet, components=SMALL)
+    assert again == stack
+    assert {found.name: found for found in local.status(stack.home)} == before
+
+
+def test_a_taken_port_is_avoided(stack):
+    assert not stack.urls["objectstore"].endswith(f":{components.DEFAULT_PORTS['objectstore']}")
+
+
+def test_a_wanted_port_that_is_taken_is_an_error(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"objectstore: port {port} is taken"):
+            local.up(
+                tmp_path / "home",
+                dags_folder=tmp_path,
+                ports={"objectstore": port},
+                say=quiet,
+                components=("objectstore",),
+            )
+    assert running_in(tmp_path) == []
+
+
+def test_a_signed_request_succeeds_and_a_wrong_secret_does_not(stack):
+    client(stack).put_object(Bucket="encode", Key="test_local_stack/one", Body=b"1")
+    listed = client(stack).list_objects_v2(Bucket="encode", Prefix="test_local_stack/")
+    assert [found["Key"] for found in listed["Contents"]] == ["test_local_stack/one"]
+    with pytest.raises(ClientError) as caught:
+        client(stack, secret="wrong").list_objects_v2(Bucket="encode")
+    assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+    key = stack.environment()["AWS_ACCESS_KEY_ID"]
+    assert health.object_store_problem(stack.urls["objectstore"], "encode", key, "wrong").startswith("HTTP 403")
+
+
+def test_a_bucket_that_is_not_there_is_not_made_by_a_typo(stack):
+    with pytest.raises(ClientError, match="NoSuchBucket"):
+        client(stack).put_object(Bucket="encoed", Key="k", Body=b"")
+
+
+def test_mlflow_keeps_artifacts_in_the_object_store(stack):
+    url = f"{stack.urls['mlflow']}/api/2.0/mlflow-artifacts/artifacts/test_local_stack/note.txt"
+    with urllib.request.urlopen(urllib.request.Request(url, data=b"kept", method="PUT"), timeout=30) as answer:
+        assert answer.status == 200
+    stored = client(stack).get_object(Bucket="encode", Key="mlflow/test_local_stack/note.txt")
+    assert stored["Body"].read() == b"kept"
+
+
+def test_mlflow_refuses_a_host_name_that_is_not_its_own(stack):
+    url = f"{stack.urls['mlflow']}/api/2.0/mlflow/experiments/search?max_results=1"
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, headers={"host": "evil.example"}), timeout=30)
+    with caught.value as answer:
+        assert answer.code == 403
+
+
+def test_secrets_are_for_the_owner_only_and_clients_are_told_all(stack):
+    assert mode(stack.home) == 0o700
+    for name in ("credentials.json", "client.env", "state.json", "objectstore/s3.json", "logs/mlflow.log"):
+        assert mode(stack.home / name) == 0o600, name
+    environment = local.load_client_environment(stack.home)
+    assert environment == stack.environment()
+    assert environment["ENCODE_STORE"] == "s3://encode"
+    assert environment["MLFLOW_TRACKING_URI"] == stack.urls["mlflow"]
+    secret = json.loads(stack.credentials_file.read_text())["secret_key"]
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            assert secret not in " ".join(process.cmdline()), "a command line is public"
+
+
+def test_two_at_work_on_one_home_is_an_error(stack):
+    with home.locked(stack.home), pytest.raises(ConfigError, match=rf"process {os.getpid()}\) is at work"):
+        local.up(stack.home, dags_folder=stack.home, say=quiet, components=SMALL)
+
+
+def test_a_dead_component_comes_back_on_its_port_and_its_neighbor_is_left_alone(stack):
+    before = {found.name: found for found in local.status(stack.home)}
+    psutil.Process(before["objectstore"].pid).kill()
+    local.up(stack.home, dags_folder=stack.home, say=quiet, components=SMALL)
+    after = {found.name: found for found in local.status(stack.home)}
+    assert after["objectstore"].state == "healthy"
+    assert after["objectstore"].pid != before["objectstore"].pid
+    assert after["objectstore"].url == before["objectstore"].url
+    assert after["mlflow"] == before["mlflow"]
+
+
+def test_down_leaves_no_process_up_finds_the_data_and_clean_removes_it(tmp_path):
+    folder = tmp_path / "home"
+    for value in (b"kept", None):
+        stack = local.up(folder, dags_folder=tmp_path, ports={"objectstore": 0}, say=quiet, components=("objectstore",))
+        if value:
+            client(stack).put_object(Bucket="encode", Key="k", Body=value)
+            assert running_in(folder) != []
+            local.down(folder, say=quiet)
+            assert running_in(folder) == []
+            assert local.load_client_environment(folder) == {}
+            url = stack.urls["objectstore"]
+    assert stack.urls["objectstore"] == url
+    assert client(stack).get_object(Bucket="encode", Key="k")["Body"].read() == b"kept"
+    (folder / "notes.txt").write_text("mine")
+    local.clean(folder, say=quiet)
+    assert running_in(folder) == []
+    assert [found.name for found in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_somebody_else_is_neither_used_nor_removed(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(ConfigError, match=r"found logs there but no state\.json"):
+        local.up(tmp_path, dags_folder=tmp_path, say=quiet)
+    with pytest.raises(ConfigError, match="nothing was removed"):
+        local.clean(tmp_path, say=quiet)
+    (tmp_path / "state.json").write_text('{"made_by": "terraform"}')
+    with pytest.raises(ArtifactError, match="terraform"):
+        local.clean(tmp_path, say=quiet)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["logs", "state.json"]
+
+
+def test_nothing_was_started(tmp_path):
+    said: list[str] = []
+    local.down(tmp_path / "none", say=said.append)
+    local.clean(tmp_path / "none", say=said.append)
+    assert said == [f"{tmp_path}/none: nothing was started there", f"{tmp_path}/none: nothing to remove"]
+    assert {found.state for found in local.status(tmp_path / "none")} == {"stopped"}
+    assert not (tmp_path / "none").exists()
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'minio': expected one of objectstore, mlflow"):
+        local.up(tmp_path / "home", dags_folder=tmp_path, say=quiet, components=("minio",))
+    with pytest.raises(ConfigError, match="expected the folder of the DAG files"):
+        local.up(tmp_path / "home", dags_folder=tmp_path / "none", say=quiet)
+
+
+def test_settings_of_another_platform_are_not_inherited(monkeypatch, tmp_path):
+    monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://production/airflow")
+    monkeypatch.setenv("AWS_PROFILE", "production")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "production")
+    secret = home.Credentials(*["x"] * 7)
+    store = components.Store("http://127.0.0.1:1", "key", "secret")
+    ports = {"main": 1, "worker_logs": 2, "trigger_logs": 3}
+    made = components.airflow(
+        tmp_path, ports, dags_folder=tmp_path, credentials=secret, store=store, mlflow_url="m", serving_url="s"
+    )
+    environment = made.environment()
+    assert [name for name in environment if name.startswith("AWS_")] == []
+    assert environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"] == f"sqlite:///{tmp_path}/airflow.db"
+    assert json.loads(environment["AIRFLOW_CONN_ENCODE_STORE"])["extra"]["endpoint_url"] == store.endpoint_url
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from encode.stack import local
+folder = Path(sys.argv[1])
+local.up(folder / "home", dags_folder=folder, ports={"objectstore": 0, "airflow": 0},
+         say=lambda line: print(line, flush=True), components=("objectstore", "airflow"))
+"""
+
+
+def test_an_interrupt_in_the_middle_of_up_leaves_nothing_running(tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with child:
+        for line in child.stdout:
+            if re.match("objectstore: healthy", line):
+                break
+        time.sleep(2)
+        assert len(running_in(tmp_path / "home")) >= 2
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        output = child.stdout.read()
+    assert "KeyboardInterrupt" in output
+    assert "stopping what was started" in output
+    assert running_in(tmp_path / "home") == []
+    assert {found.state for found in local.status(tmp_path / "home")} == {"stopped"}
+    for entry in home.read_state(tmp_path / "home").entries.values():
+        assert entry.process is None
+
+
+def test_the_shared_servers_answer(object_store, mlflow_server):
+    problem = health.object_store_problem(
+        object_store.endpoint_url, object_store.bucket, object_store.access_key, object_store.secret_key
+    )
+    assert problem is None
+    assert health.mlflow_problem(mlflow_server) is None
+
+
+KILLED = """
+import os, signal
+def test(object_store):
+    print(object_store.endpoint_url, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_test_session_leaves_no_server(tmp_path):
+    (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
+    (tmp_path / "test_killed.py").write_text(KILLED)
+    environment = {name: value for name, value in os.environ.items() if name != "OBJECT_STORE_ENDPOINT_URL"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-s", "-q", f"--basetemp={tmp_path / 'servers'}", str(tmp_path)],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert "http://127.0.0.1:" in ended.stdout
+    deadline = time.monotonic() + 10
+    while running_in(tmp_path / "servers") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running_in(tmp_path / "servers") == []
