@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -124,13 +124,15 @@ def resolve_window(
     start: str | None = None,
     end: str | None = None,
     partition_key: str | None = None,
+    events: Sequence[Mapping[str, str]] = (),
     interval: tuple[datetime | None, datetime | None] | None = None,
 ) -> Window:
-    """Find the days of a run: explicit days, else the partition, else the scheduled interval, else fail.
+    """Find the days of a run: explicit days, else the partition, else what triggered it, else the scheduled interval.
 
     The wall clock is never asked. An explicit `start` alone means that one day, an explicit `end` alone the day
-    before it. A partition key is `YYYY-MM-DD` or `YYYY-MM-DD..YYYY-MM-DD` (end exclusive). A scheduled interval
-    must have a length: Airflow gives runs of a plain cron string an interval of zero length.
+    before it. A partition key is `YYYY-MM-DD` or `YYYY-MM-DD..YYYY-MM-DD` (end exclusive). Events that triggered the
+    run carry `start` and `end` of what was made, and the run covers them all. A scheduled interval must have a
+    length: Airflow gives runs of a plain cron string an interval of zero length.
 
     Raises:
         ConfigError: nothing says which days are meant, or what says so is not a day.
@@ -142,10 +144,13 @@ def resolve_window(
         left, _, right = partition_key.partition("..")
         first = parse_day(left, "partition key")
         return Window(first, parse_day(right, "partition key") if right else first + timedelta(days=1))
+    made = [resolve_window(event.get("start"), event.get("end")) for event in events]
+    if made:
+        return Window(min(window.start for window in made), max(window.end for window in made))
     if interval and interval[0] and interval[1] and interval[0] < interval[1]:
         return Window(interval[0].astimezone(UTC).date(), interval[1].astimezone(UTC).date())
     raise ConfigError(
-        "window: no days given: found no start or end, no partition key and no scheduled interval with a length; "
+        "window: no days given: found no start or end, partition key, asset event or scheduled interval with a length; "
         "set start and end (YYYY-MM-DD, end exclusive) when you trigger the run"
     )
 

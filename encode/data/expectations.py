@@ -16,24 +16,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from encode.config import ValidationConfig
-from encode.data.verdicts import REASONS, Verdict
+from encode.data.verdicts import REASONS, Verdict, count_reasons
 from encode.errors import EncodeError
 from encode.schema import SECONDS_PER_DAY, day_start
 
 _RANDOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _FROM_ELSEWHERE = re.compile(
-    r'<script\b[^>]*\bsrc="[^"]*"[^>]*>\s*</script>|<link\b[^>]*>|<img\b[^>]*>|<script>.*?</script>|<footer\b.*?</footer>',
-    re.DOTALL,
+    r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\([^)]*\)[^;]*;", re.DOTALL
 )
 _STYLE = """<style>
 body{font:14px/1.5 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}h4,h5,h6{margin:.4rem 0}
-table{border-collapse:collapse;margin:.5rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
+table{border-collapse:collapse;margin:.5rem 0}
+td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
 .alert{background:#eef;padding:.5rem .8rem}.badge{border:1px solid #999;border-radius:3px;padding:0 .3rem}
 .text-success:before{content:"\\2713 ";color:#080}.text-danger:before,.text-warning:before{content:"\\2717 ";color:#b00}
 nav,.card-header,.btn-group{display:none}ul{margin:0}
@@ -64,7 +65,7 @@ def judge_day(day: date, verdicts: Sequence[Verdict], config: ValidationConfig) 
     """
     with _quiet():
         result = _validate(day, _frame(verdicts), config)
-        page = _render(day, result)
+        page = _render(day, result, count_reasons(np.concatenate([v.reason for v in verdicts])))
     failed: list[str] = []
     warned: list[str] = []
     rejected = -1
@@ -81,11 +82,10 @@ def judge_day(day: date, verdicts: Sequence[Verdict], config: ValidationConfig) 
 
 def _expectations(day: date, config: ValidationConfig) -> list[Any]:
     """Return the suite: first what refuses a day, then what is worth a look."""
-    import great_expectations.expectations as gxe
-    from great_expectations.expectations.row_conditions import Column
-
-    accepted = {"row_condition": Column("reason").is_null(), "condition_parser": "great_expectations"}
-    mostly = 1 - config.max_rejected_share
+    gxe = _import("great_expectations.expectations")
+    column = _import("great_expectations.expectations.row_conditions").Column
+    accepted = {"row_condition": column("reason").is_null(), "condition_parser": "great_expectations"}
+    mostly = round(1 - config.max_rejected_share, 12)
     first = day_start(day)
     suite = [
         gxe.ExpectColumnValuesToBeNull(column="reason", mostly=mostly, severity="critical"),
@@ -120,10 +120,10 @@ def _frame(verdicts: Sequence[Verdict]) -> Any:
     """Return all rows as a pandas frame of numpy dtypes; unreadable values are NaN or None."""
     import pandas as pd
 
-    reason = np.concatenate([v.reason for v in verdicts]) if verdicts else np.zeros(0, np.int8)
+    reason = np.concatenate([v.reason for v in verdicts])
     columns: dict[str, Any] = {}
     for name in ("user_id", "item_id", "category_id", "timestamp"):
-        values = np.concatenate([getattr(v, name) for v in verdicts]) if verdicts else np.zeros(0, np.int64)
+        values = np.concatenate([getattr(v, name) for v in verdicts])
         unreadable = np.isin(reason, _unreadable_codes(name))
         columns[name] = np.where(unreadable, np.nan, values) if unreadable.any() else values
     behavior = pa.chunked_array([v.behavior for v in verdicts], pa.string()).combine_chunks().dictionary_encode()
@@ -146,24 +146,24 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@cache
-def _context() -> tuple[Any, Any]:
-    """Return the one context of this process and a batch definition for frames; the import takes seconds."""
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    import great_expectations as gx
+def _import(name: str) -> Any:
+    """Import a module of Great Expectations late, for it is slow, and as Any: its annotations do not fit its use."""
+    return import_module(name)
 
-    context = gx.get_context(mode="ephemeral")
+
+@cache
+def _batch_definition() -> Any:
+    """Return how a frame becomes a batch, in the one context of this process; the import takes seconds."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    context = _import("great_expectations").get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False, "profilers": False}
     asset = context.data_sources.add_pandas("behaviors").add_dataframe_asset("day")
-    return context, asset.add_batch_definition_whole_dataframe("whole")
+    return asset.add_batch_definition_whole_dataframe("whole")
 
 
 def _validate(day: date, frame: Any, config: ValidationConfig) -> Any:
-    context, definition = _context()
-    import great_expectations as gx
-
-    suite = gx.ExpectationSuite("behaviors", expectations=_expectations(day, config))
-    batch = definition.get_batch({"dataframe": frame})
+    batch = _batch_definition().get_batch({"dataframe": frame})
+    suite = _import("great_expectations").ExpectationSuite("behaviors", expectations=_expectations(day, config))
     return batch.validate(suite, result_format="SUMMARY")
 
 
@@ -190,16 +190,18 @@ def _to_json(day: date, result: Any) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _render(day: date, result: Any) -> bytes:
-    from great_expectations.core.run_identifier import RunIdentifier
-    from great_expectations.render.renderer import ValidationResultsPageRenderer
-    from great_expectations.render.view import DefaultJinjaPageView
-
+def _render(day: date, result: Any, reasons: dict[str, int]) -> bytes:
+    identifier = _import("great_expectations.core.run_identifier").RunIdentifier
+    renderer = _import("great_expectations.render.renderer").ValidationResultsPageRenderer(run_info_at_end=True)
+    view = _import("great_expectations.render.view").DefaultJinjaPageView()
     midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
     result.meta.pop("batch_markers", None)
-    result.meta["run_id"] = RunIdentifier(run_name=f"dt={day}", run_time=midnight)
-    html: str = DefaultJinjaPageView().render(ValidationResultsPageRenderer(run_info_at_end=True).render(result))
+    result.meta["run_id"] = identifier(run_name=f"dt={day}", run_time=midnight)
+    html: str = view.render(renderer.render(result))
+    rows = "".join(f"<tr><td>{reason}</td><td>{count}</td></tr>" for reason, count in reasons.items())
+    table = f"<h4>{day}: rows in quarantine</h4><table>{rows or '<tr><td>none</td></tr>'}</table>"
     html = _FROM_ELSEWHERE.sub("", html).replace("</head>", _STYLE + "</head>", 1)
+    html = html.replace("<body>", "<body>" + table, 1)
     seen: dict[str, str] = {}
     html = _RANDOM_ID.sub(lambda found: seen.setdefault(found[0], f"id-{len(seen) + 1}"), html)
     return re.sub(r"\s*\n\s*", "\n", html).encode()

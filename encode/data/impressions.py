@@ -1,6 +1,6 @@
 """Impressions made from a log that has none: held-out behaviors against drawn negatives, split by time.
 
-    I impressions   N behaviors
+I impressions   N behaviors
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -170,9 +170,7 @@ def _read_text(
 # --- both --------------------------------------------------------------------------------------------------
 
 
-def _find_columns(
-    name: str, have: list[str], given: Mapping[str, str], defaults: Mapping[str, str]
-) -> dict[str, str]:
+def _find_columns(name: str, have: list[str], given: dict[Any, str], defaults: Mapping[str, str]) -> dict[str, str]:
     """Return contract name -> column of the file, for those that it has."""
     found = {}
     for key in RAW_COLUMNS:

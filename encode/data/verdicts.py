@@ -28,7 +28,8 @@ UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 REASONS = (
     "",
     "malformed_row",
-    *(f"{name}_{what}" for name in ("user_id", "item_id") for what in ("missing", "not_integer", "inexact", "not_positive")),
+    *(f"user_id_{what}" for what in ("missing", "not_integer", "inexact", "not_positive")),
+    *(f"item_id_{what}" for what in ("missing", "not_integer", "inexact", "not_positive")),
     *(f"category_id_{what}" for what in ("not_integer", "inexact", "negative")),
     "behavior_missing",
     "behavior_unknown",

@@ -1,6 +1,6 @@
 """Metrics of predicted probabilities, by their definitions.
 
-    I impressions
+I impressions
 """
 
 from __future__ import annotations
@@ -79,3 +79,29 @@ def summary(
         "impressions": float(len(labels)),
         "positives": float(labels.sum()),
     }
+
+
+def curves(
+    labels: npt.NDArray[np.integer], probabilities: Floats, history_lengths: npt.NDArray[np.integer], num_bins: int = 10
+) -> dict[str, list[dict[str, float]]]:
+    """Return what people plot: reliability in bins of equal size, and AUC by length of the history.
+
+    A bin with one class has no AUC and is left out.
+    """
+    reliability = [
+        {
+            "predicted": float(probabilities[rows].mean()),
+            "observed": float(labels[rows].mean()),
+            "impressions": len(rows),
+        }
+        for rows in np.array_split(np.argsort(probabilities, kind="stable"), num_bins)
+        if len(rows)
+    ]
+    by_length = []
+    for rows in np.array_split(np.argsort(history_lengths, kind="stable"), num_bins):
+        if len(rows) and 0 < labels[rows].sum() < len(rows):
+            longest = int(history_lengths[rows].max())
+            by_length.append(
+                {"up_to": longest, "auc": auc(labels[rows], probabilities[rows]), "impressions": len(rows)}
+            )
+    return {"reliability": reliability, "auc_by_history_length": by_length}

@@ -20,16 +20,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from encode.config import ClusteringConfig, ModelConfig
+from encode.config import ClusteringConfig
 from encode.data.histories import Histories
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
 from encode.interests.kmeans import cluster
-from encode.model.ctr import Reader, Reading, Tables
+from encode.model.ctr import Items, Reader, Reading
 from encode.model.relevance import pool_interests
 from encode.schema import PADDING, SECONDS_PER_DAY, Window, day_start
 
 Ints = npt.NDArray[np.int64]
+_HISTORIES_PER_BATCH = 64
 
 
 class Batch(NamedTuple):
@@ -72,6 +73,10 @@ class Replay:
     """Rows of each impression's recent branch, [I]."""
     recent_length: int
 
+    def history_lengths(self) -> Ints:
+        """Return the length of the history of each impression, [I]."""
+        return np.repeat(self.history_end - self.history_begin, np.diff(self.impression_offsets))
+
 
 def make_replay(
     histories: Histories,
@@ -109,7 +114,8 @@ def _row_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
     start = min(histories.timestamps.min(initial=0), timestamp.min(initial=0))
     span = max(histories.timestamps.max(initial=0), timestamp.max(initial=0)) - start + 1
     place = user_of * span + (histories.timestamps - start)
-    return np.searchsorted(place, user * span + (timestamp - start))
+    rows: Ints = np.searchsorted(place, user * span + (timestamp - start))
+    return rows
 
 
 def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: ClusteringConfig) -> list[Ints]:
@@ -179,9 +185,15 @@ def _recent(replay: Replay, rows: Ints) -> Ints:
     return np.where(real, replay.behavior_index[np.where(real, place, 0)], PADDING)
 
 
-def read_batch(tables: Tables, reader: Reader, batch: Batch, config: ModelConfig) -> Reading:
-    """Run the model on a batch as serving would: pool the interests once a history, then let each target read."""
-    items = tables.items(batch.items)
+def read_batch(items: Items, reader: Reader, batch: Batch, pooling: str) -> Reading:
+    """Run the model on a batch as serving would: pool the interests once a history, then let each target read.
+
+    Args:
+        items: e and h of `batch.items`.
+        reader: the model.
+        batch: histories and impressions.
+        pooling: how a cluster's value is made, as in `ModelConfig.pooling`.
+    """
     interests = pool_interests(
         F.embedding(batch.behavior, items.embedding),
         F.embedding(batch.behavior, items.key),
@@ -189,27 +201,21 @@ def read_batch(tables: Tables, reader: Reader, batch: Batch, config: ModelConfig
         len(batch.history_offsets) - 1,
         batch.num_clusters,
         reader.scale,
-        config.pooling == "relevance",
+        pooling == "relevance",
     )
-    return reader(interests, items, batch.history_of, batch.recent, batch.target)
+    reading: Reading = reader(interests, items, batch.history_of, batch.recent, batch.target)
+    return reading
 
 
 def predict(
-    tables: Tables, reader: Reader, replay: Replay, model: ModelConfig, clustering: ClusteringConfig
+    table: Items, reader: Reader, replay: Replay, pooling: str, clustering: ClusteringConfig
 ) -> npt.NDArray[np.float32]:
-    """Return the probability of each impression of the replay, [I]."""
-    tables.eval()
+    """Return the probability of each impression of the replay, [I]; `table` holds the whole vocabulary."""
     reader.eval()
     probabilities = np.zeros(len(replay.impressions), np.float32)
     with torch.no_grad():
-        labels = assign_clusters(replay, all_keys(tables), clustering)
-        for batch in batches(replay, labels, clustering.num_clusters, 64):
-            reading = read_batch(tables, reader, batch, model)
-            probabilities[batch.rows] = torch.sigmoid(reading.logit).numpy()
+        labels = assign_clusters(replay, table.key.numpy(), clustering)
+        for batch in batches(replay, labels, clustering.num_clusters, _HISTORIES_PER_BATCH):
+            items = Items(table.embedding[batch.items], table.key[batch.items])
+            probabilities[batch.rows] = torch.sigmoid(read_batch(items, reader, batch, pooling).logit).numpy()
     return probabilities
-
-
-def all_keys(tables: Tables) -> npt.NDArray[np.float32]:
-    """Return h of the whole vocabulary, [V, P]."""
-    with torch.no_grad():
-        return tables.project(tables.embed(torch.arange(len(tables.item_category)))).numpy()

@@ -1,9 +1,11 @@
 """Offline extraction: histories in, interests out, one pure function on Arrow record batches.
 
-    U users   N behaviors of all users   K num_clusters   S non-empty clusters of all users
+U users   N behaviors of all users   K num_clusters   S non-empty clusters of all users
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from encode.interests.kmeans import cluster
+from encode.model.files import UserState, user_state
 from encode.model.relevance import pool_interests
 from encode.model.space import Space
 from encode.schema import interests_schema
@@ -73,6 +76,24 @@ def extract(histories: pa.RecordBatch, space: Space) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
     )
+
+
+def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
+    """Turn one user's row, as Arrow scalars by column, into what the model reads; None gives a user without interests."""
+    num_clusters, length = space.config.clustering.num_clusters, space.config.recent_length
+    center = np.zeros((num_clusters, space.key.shape[1]), np.float32)
+    value = np.zeros((num_clusters, space.embedding.shape[1]), np.float32)
+    size = np.zeros(num_clusters, np.float32)
+    recent = np.zeros(length, np.int64)
+    if row is not None:
+        sizes = row["size"].values.to_numpy()
+        count = len(sizes)
+        center[:count] = row["center"].values.flatten().to_numpy().reshape(count, -1)
+        value[:count] = row["value"].values.flatten().to_numpy().reshape(count, -1)
+        size[:count] = sizes
+        items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
+        recent[: len(items)] = space.vocabulary.index(items, categories)
+    return user_state(torch.from_numpy(center), torch.from_numpy(value), torch.from_numpy(size), recent)
 
 
 def _slots_by_size(size: Ints, num_clusters: int) -> Ints:

@@ -21,6 +21,7 @@ from encode.errors import DataError
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+_NUM_THREADS = len(os.sched_getaffinity(0))
 
 
 def cluster(keys: Floats, offsets: Ints, seeds: Ints, config: ClusteringConfig) -> npt.NDArray[np.uint8]:
@@ -47,16 +48,14 @@ def cluster(keys: Floats, offsets: Ints, seeds: Ints, config: ClusteringConfig) 
     num_users = len(offsets) - 1
     keys = np.ascontiguousarray(keys)
     # A few blocks of equal work a thread, so that one long history does not hold up the rest.
-    num_threads = numba.config.NUMBA_NUM_THREADS if num_users > 1 else 1
+    num_threads = _NUM_THREADS if num_users > 1 else 1
     edges = np.searchsorted(offsets[1:], np.linspace(0, offsets[-1], 4 * num_threads + 1)[1:-1])
     bounds = np.unique(np.concatenate([[0], edges, [num_users]]))
 
     def work(block: tuple[int, int]) -> None:
-        _cluster_users(
-            keys, offsets, streams, block[0], block[1], config.num_clusters, config.num_iterations, labels
-        )
+        _cluster_users(keys, offsets, streams, block[0], block[1], config.num_clusters, config.num_iterations, labels)
 
-    with ThreadPoolExecutor(min(num_threads, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(work, zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)))
     return labels
 

@@ -1,8 +1,8 @@
 """Snapshots: the interests of all users as of a day, and the one pointer that says which snapshot serves.
 
-    interests/<space>/<snapshot>/part-NNN.arrow    Arrow IPC, users ascending; a user's part is a hash of the id
-    interests/<space>/<snapshot>/manifest.json     last
-    interests/<space>/current.json                 moved by a conditional put
+interests/<space>/<snapshot>/part-NNN.arrow    Arrow IPC, users ascending; a user's part is a hash of the id
+interests/<space>/<snapshot>/manifest.json     last
+interests/<space>/current.json                 moved by a conditional put
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ def write_space(storage: Storage, space: Space, inputs: Mapping[str, str]) -> st
     counts = {"items": len(space.vocabulary.item_ids), "categories": len(space.vocabulary.category_ids)}
     if read_manifest(storage, prefix) is None:
         write_output(
-            storage, prefix, space.files, kind="space", fingerprint=space.id, config=config, inputs=inputs, counts=counts
+            storage,
+            prefix,
+            space.files,
+            kind="space",
+            fingerprint=space.id,
+            config=config,
+            inputs=inputs,
+            counts=counts,
         )
     return prefix
 
@@ -66,9 +73,7 @@ def read_space(storage: Storage, space_id: str) -> Space:
     if manifest is None:
         raise ArtifactError(f"{storage.uri}/{prefix}: no such space; train a model first")
     files = read_parts(storage, prefix, manifest.parts)
-    space = load_space(
-        dict(zip([part.name for part in manifest.parts], files, strict=True)), f"{storage.uri}/{prefix}"
-    )
+    space = load_space(dict(zip([part.name for part in manifest.parts], files, strict=True)), f"{storage.uri}/{prefix}")
     return check_space(space, space_id, f"{storage.uri}/{prefix}")
 
 
@@ -223,4 +228,6 @@ def publish(storage: Storage, space_id: str, snapshot: str, manifest: Manifest) 
             time.sleep(0.05 * 2 ** min(attempt, 5))
             continue
         return ours
-    raise ArtifactError(f"interests/{space_id}/current.json: moved by others {_PUBLISH_TRIES} times; too many publishers")
+    raise ArtifactError(
+        f"interests/{space_id}/current.json: moved by others {_PUBLISH_TRIES} times; too many publishers"
+    )

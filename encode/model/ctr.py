@@ -59,9 +59,14 @@ class Tables(nn.Module):
         return torch.cat([self.item(index), self.category(self.item_category[index])], -1)
 
     def items(self, index: Int64[Tensor, " S"]) -> Items:
-        """Embed and project a batch's items once."""
+        """Embed and project the items of a batch, or `all_items`."""
         embedding = self.embed(index)
         return Items(embedding, self.project(embedding))
+
+    def all_items(self) -> Items:
+        """Embed and project the whole vocabulary, without gradients."""
+        with torch.no_grad():
+            return self.items(torch.arange(len(self.item_category)))
 
     def project(self, embedding: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape P"]:
         """Return h = W_h^T e, of unit length (zero for padding)."""

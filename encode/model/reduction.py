@@ -1,6 +1,6 @@
 """The metric-learned reduction: how W_h is trained to keep relative distances of behaviors.
 
-    T triplets   D embedding_dim   P projected_dim
+T triplets   D embedding_dim   P projected_dim
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 def random_projection(embedding_dim: int, projected_dim: int, generator: torch.Generator) -> Float[Tensor, "D P"]:
     """Return a Gaussian random projection with E ||W^T e||^2 = ||e||^2 (Johnson-Lindenstrauss), the start of W_h."""
-    return torch.randn(embedding_dim, projected_dim, generator=generator) / projected_dim**0.5
+    projection: Tensor = torch.randn(embedding_dim, projected_dim, generator=generator) / projected_dim**0.5
+    return projection
 
 
 def draw_triplets(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale: Tensor) -> Float[Tensor, "..."]:
+def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale: Tensor) -> Float[Tensor, ...]:
     """Return rho(q, k) = scale * <q, k> for unit vectors: the scaled cosine.
 
     On unit vectors ||q - k||^2 = 2 - 2 <q, k>, so "nearest center" and "most relevant center" are the same

@@ -6,6 +6,7 @@ the digest of its content, so a snapshot and a model can be joined by comparing 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.numpy import load, save
 from encode.config import ClusteringConfig
 from encode.data.vocabulary import Vocabulary
 from encode.errors import ArtifactError
-from encode.model.ctr import Reader, Tables
+from encode.model.ctr import Items, Reader, Tables
 from encode.schema import canonical_json, digest
 
 SPACE_FILES = ("space.json", "space.safetensors")
@@ -49,6 +50,11 @@ class Space:
     projection: npt.NDArray[np.float32]
     """W_h, [D, P]."""
     scale: float
+
+    @cached_property
+    def items(self) -> Items:
+        """The tables as the model reads them, sharing memory."""
+        return Items(torch.from_numpy(self.embedding), torch.from_numpy(self.key))
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -80,12 +86,10 @@ class Space:
 
 def space_of(tables: Tables, reader: Reader, vocabulary: Vocabulary, config: SpaceConfig) -> Space:
     """Freeze a trained model's tables into a space."""
-    with torch.no_grad():
-        embedding = tables.embed(torch.arange(len(vocabulary)))
-        key = tables.project(embedding)
-        scale = float(reader.scale)
+    items = tables.all_items()
     projection = tables.projection.detach()
-    return Space(config, vocabulary, embedding.numpy(), key.numpy(), projection.numpy(), scale)
+    scale = reader.scale.item()
+    return Space(config, vocabulary, items.embedding.numpy(), items.key.numpy(), projection.numpy(), scale)
 
 
 def load_space(files: dict[str, bytes], where: str) -> Space:
@@ -94,8 +98,6 @@ def load_space(files: dict[str, bytes], where: str) -> Space:
     Raises:
         ArtifactError: a file is missing or not what it should be; `where` names the place.
     """
-    import json
-
     try:
         settings: dict[str, Any] = json.loads(files["space.json"])
         tensors = load(files["space.safetensors"])

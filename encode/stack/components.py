@@ -35,6 +35,9 @@ PORTS: Mapping[str, tuple[str, ...]] = {
 }
 DEFAULT_PORTS: Mapping[str, int] = {"objectstore": 8333, "mlflow": 5000, "airflow": 8080, "serving": 8000}
 
+# Seconds between SIGTERM and SIGKILL. Idle, the slowest needs 4; Airflow's also wait for running tasks.
+STOP_GRACE: Mapping[str, float] = {"objectstore": 10.0, "mlflow": 10.0, "airflow": 15.0, "serving": 10.0}
+
 # A stack must not depend on settings meant for another one, least of all on its database or keys.
 _NOT_INHERITED = ("AWS_", "MLFLOW_", "AIRFLOW_", "_AIRFLOW_", "ENCODE_", "OBJECT_STORE_")
 
@@ -73,7 +76,6 @@ class Component:
         needs: Components that must be ready before it starts.
         files: Files to write, readable by their owner only, before it starts.
         start_limit: Seconds until it must be ready; generous, for a loaded machine.
-        stop_grace: Seconds between SIGTERM and SIGKILL.
     """
 
     name: str
@@ -85,7 +87,6 @@ class Component:
     needs: tuple[str, ...] = ()
     files: Mapping[Path, str] = field(default_factory=dict)
     start_limit: float = 120.0
-    stop_grace: float = 10.0
 
     @property
     def url(self) -> str:
@@ -238,7 +239,6 @@ def airflow(
         problem=lambda: health.airflow_problem(url),
         files={passwords: json.dumps({credentials.airflow_username: credentials.airflow_password}) + "\n"},
         start_limit=300.0,
-        stop_grace=15.0,
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from encode.errors import EncodeError
 from encode.stack import home, processes
-from encode.stack.components import Component
+from encode.stack.components import STOP_GRACE, Component
 from encode.stack.processes import ProcessRecord
 
 LOOK_INTERVAL = 0.2
@@ -117,7 +117,7 @@ def _is_ready(
     if attempt.adopted and (not is_running or seconds > ADOPTION_LIMIT):
         found = f"alive but not healthy for {seconds:.0f} s ({problem})" if is_running else "exited meanwhile"
         say(f"{component.name}: {found}, restarting it")
-        processes.stop([attempt.record], grace=component.stop_grace)
+        processes.stop([attempt.record], grace=STOP_GRACE[component.name])
         attempt.record, attempt.adopted, attempt.began = begin(component), False, time.monotonic()
     elif not is_running:
         raise EncodeError(_report(f"{component.name}: its process exited while starting", log_of(component.name)))

@@ -162,7 +162,7 @@ def _bring_up(home: Path, state: State, wanted: Sequence[Component], say: Callab
             running[component.name] = record
         else:
             say(f"{component.name}: its configuration changed, restarting it")
-            processes.stop([record], grace=component.stop_grace)
+            processes.stop([record], grace=parts.STOP_GRACE[component.name])
     begun: list[Component] = []
 
     def begin(component: Component) -> ProcessRecord:
@@ -210,7 +210,7 @@ def _stop(home: Path, state: State, names: Sequence[str]) -> None:
     entries = dict(state.entries)
     for group in ([name for name in names if name != "objectstore"], [n for n in names if n == "objectstore"]):
         records = [record for name in group if (record := entries[name].process) is not None]
-        processes.stop(records, grace=15.0 if "airflow" in group else 10.0)
+        processes.stop(records, grace=max((parts.STOP_GRACE[name] for name in group), default=0.0))
         for name in group:
             # A start that was interrupted may not have come to be recorded.
             processes.stop_marked(_marker(state, name))

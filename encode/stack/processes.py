@@ -10,10 +10,9 @@ task runner may move its children to other process groups, and outlive its paren
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,21 +125,29 @@ def is_running(record: ProcessRecord) -> bool:
 
 def belonging_to(record: ProcessRecord) -> list[psutil.Process]:
     """The processes that live because of `record`: session, descendants, bearers of its marker."""
-    session = [process for process in psutil.process_iter() if _session_of(process.pid) == record.pid]
+    session = [process for process in _all_processes() if _session_of(process.pid) == record.pid]
     if not _is_own_session(session, record):
         session = []
     found = {process.pid: process for process in [*session, *_marked(record.marker)]}
     for process in list(found.values()):
         with suppress(psutil.NoSuchProcess):
             found.update((child.pid, child) for child in process.children(recursive=True))
-    return [process for process in found.values() if process.pid != os.getpid() and _is_alive(process)]
+    found.pop(os.getpid(), None)
+    return [process for process in found.values() if _is_alive(process)]
+
+
+def _all_processes() -> Iterator[psutil.Process]:
+    # Not psutil.process_iter: it hands out a cached process for an id that was given away since.
+    for pid in psutil.pids():
+        with suppress(psutil.NoSuchProcess):
+            yield psutil.Process(pid)
 
 
 def _marked(marker: str) -> list[psutil.Process]:
     return [
         process
-        for process in psutil.process_iter()
-        if process.pid != os.getpid() and _is_alive(process) and _has_marker(process, marker)
+        for process in _all_processes()
+        if process.pid != os.getpid() and _has_marker(process, marker) and _is_alive(process)
     ]
 
 
@@ -185,24 +192,23 @@ def _is_alive(process: psutil.Process) -> bool:
 def stop(records: Sequence[ProcessRecord], *, grace: float = 10.0) -> None:
     """End the processes of `records` together, and everything that belongs to them.
 
-    Each process group gets SIGTERM; what is left after `grace` seconds, in whatever group, gets
+    All of it gets SIGTERM, in whatever process group it is; what is left after `grace` seconds gets
     SIGKILL. Returns when all of it is gone, at once when nothing was running.
 
     Raises:
         TimeoutError: A process outlived SIGKILL (it hangs inside the kernel).
     """
+    known = _belonging_to_any(records)
+    for process in known:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _wait_gone(known, grace)
+    # Those known before too: with its parent gone, a stray descendant cannot be found any more.
+    _kill_all(lambda: [*filter(_is_alive, known), *_belonging_to_any(records)])
 
-    def find() -> list[psutil.Process]:
-        return [process for record in records for process in belonging_to(record)]
 
-    targets = find()
-    groups = {record.pid for record in records}
-    for process in targets:
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getpgid(process.pid) in groups:
-                process.send_signal(signal.SIGTERM)
-    _wait_gone(targets, grace)
-    _kill_all(find)
+def _belonging_to_any(records: Sequence[ProcessRecord]) -> list[psutil.Process]:
+    return [process for record in records for process in belonging_to(record)]
 
 
 def stop_marked(marker: str) -> None:

@@ -48,6 +48,7 @@ def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stack") / "home"
     with ExitStack() as closing:
         taken = closing.enter_context(socket.socket())
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError):
             taken.bind(("127.0.0.1", components.DEFAULT_PORTS["objectstore"]))
             taken.listen()

@@ -85,7 +85,9 @@ def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(run):
     assert not is_alive(record.pid)
 
 
-@pytest.mark.parametrize("apart", ["", ", start_new_session=True", ", process_group=0"])
+@pytest.mark.parametrize(
+    "apart", ["", ", start_new_session=True", ", process_group=0", ", start_new_session=True, env={}"]
+)
 def test_grandchildren_end_with_it_wherever_they_moved(run, tmp_path, apart):
     record = run(
         "import subprocess, sys, time\n"

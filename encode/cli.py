@@ -1,0 +1,347 @@
+"""The command line: `encode <step>`, the same steps as the DAGs, and the local stack.
+
+Nothing heavy is imported before a command is chosen, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from encode import __version__
+
+if TYPE_CHECKING:
+    from encode.config import Config, Places
+    from encode.serving.bundle import Bundle
+
+HOME = Path(os.environ.get("ENCODE_HOME", ".encode"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
+    from encode.errors import ConfigError, EncodeError
+
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except EncodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        if os.environ.get("ENCODE_DEBUG") or not _from_outside(error):
+            raise
+        text = " ".join(str(error).split())
+        print(f"error: {type(error).__name__}: {text}\nIs the stack up? See `encode stack status`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _from_outside(error: Exception) -> bool:
+    """Tell errors of networks, stores and files, whose message says enough, from faults of this program."""
+    families = ("botocore", "httpx", "requests", "urllib3", "mlflow", "sqlalchemy")
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in families
+
+
+# --- options -----------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="encode",
+        description="Long-term user interest for ranking: from behavior log to served probability.",
+        epilog="Without --workdir, places come from the environment (ENCODE_STORE, AWS_*, MLFLOW_TRACKING_URI, "
+        "ENCODE_SERVING_URL), else from the local stack in .encode/ (ENCODE_HOME).",
+    )
+    parser.add_argument("--version", action="version", version=f"encode {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    def with_step(command: argparse.ArgumentParser, *, needs_workdir: bool = False) -> argparse.ArgumentParser:
+        command.add_argument(
+            "--preset", default="complete-journey", help="settings: a preset, or a .yaml file (default: %(default)s)"
+        )
+        command.add_argument(
+            "--workdir",
+            type=Path,
+            required=needs_workdir,
+            help="keep everything in this folder and use no server",
+        )
+        command.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
+        return command
+
+    whole = with_step(add("run", _run_all, "run all steps in one process, without any server"), needs_workdir=True)
+    whole.add_argument("--cache", type=Path, help="folder for downloads (default: the user's cache)")
+    land = with_step(add("land", _land, "split the preset's raw log into daily partitions"))
+    land.add_argument("--cache", type=Path, help="folder for downloads (default: the user's cache)")
+    validate = with_step(add("validate", _validate, "turn raw partitions into behaviors and quarantine"))
+    validate.add_argument("--start", metavar="DAY", help="first day, YYYY-MM-DD")
+    validate.add_argument("--end", metavar="DAY", help="first day that is not validated (default: one day)")
+    train = with_step(add("train", _train, "train space and CTR model, register a candidate"))
+    train.add_argument("--as-of", metavar="DAY", required=True, help="use behaviors before this day")
+    refresh = with_step(add("refresh", _refresh, "refresh every user's interests and publish the snapshot"))
+    refresh.add_argument("--as-of", metavar="DAY", required=True, help="use behaviors before this day")
+    with_step(add("release", _release, "let the candidate serve if it passes its gates"))
+    with_step(add("rollback", _rollback, "make the champion before this one serve again"))
+    _add_serving(add, with_step)
+    _add_stack(commands, add, with_step)
+    return parser
+
+
+def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
+    serve = with_step(add("serve", _serve, "serve the champion over HTTP"))
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    serve.add_argument("--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)")
+    serve.add_argument("--poll", type=float, default=10.0, metavar="SECONDS", help="between looks for a new release")
+    serve.add_argument("--max-age", type=int, metavar="DAYS", help="report an older snapshot as stale (default: never)")
+    score = with_step(add("score", _score, "score items for a user with what serves now"))
+    score.add_argument("--user", type=int, required=True, help="user id")
+    score.add_argument("--items", type=_ids, required=True, metavar="ID,ID,...", help="candidate item ids")
+    explain = with_step(add("explain", _explain, "show a user's interests: weight, size, newest time, top items"))
+    explain.add_argument("user", type=int, help="user id")
+    explain.add_argument("--item", type=int, help="also show how much this item attends to each interest")
+
+
+def _add_stack(commands: Any, add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
+    quickstart = with_step(add("quickstart", _quickstart, "start the local stack and run everything through Airflow"))
+    for command in (quickstart,):
+        _with_ports(command)
+    stack = commands.add_parser("stack", help="start, show, stop the local stack", description="The local stack.")
+    actions = stack.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, run, text in (
+        ("up", _stack_up, "start what is not running: object store, MLflow, Airflow, serving"),
+        ("status", _stack_status, "show state, address and log of each component"),
+        ("down", _stack_down, "stop what was started; data stay"),
+        ("clean", _stack_clean, "stop what was started and remove its data"),
+    ):
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        action.set_defaults(run=run)
+        action.add_argument("--json", action="store_true", help="print as one line of JSON")
+        if name == "up":
+            _with_ports(action)
+
+
+def _with_ports(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dags", type=Path, default=Path("dags"), help="folder of the DAGs (default: %(default)s)")
+    for name, port in (("serving", 8000), ("mlflow", 5000), ("airflow", 8080), ("objectstore", 8333)):
+        command.add_argument(f"--{name}-port", type=int, help=f"default: {port}, or a free one if it is taken")
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected ids separated by commas, as 12,34,56") from None
+
+
+# --- steps -------------------------------------------------------------------------------------------------
+
+
+def _places(options: argparse.Namespace) -> Places:
+    from encode.config import Places
+
+    if options.workdir:
+        return Places.in_folder(options.workdir)
+    return Places.from_environment(_environment())
+
+
+def _environment() -> dict[str, str]:
+    from encode.stack.home import load_client_environment
+
+    return {**load_client_environment(HOME), **os.environ}
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from encode.config import load_config
+
+    return load_config(options.preset)
+
+
+def _say(options: argparse.Namespace) -> Callable[[str], None]:
+    """Progress goes to stderr when the summary is for a program to read."""
+    stream = sys.stderr if options.json else sys.stdout
+    return lambda line: print(line, file=stream, flush=True)
+
+
+def _show(options: argparse.Namespace, summary: Mapping[str, Any]) -> None:
+    if options.json:
+        print(json.dumps(summary))
+
+
+def _run_all(options: argparse.Namespace) -> None:
+    from encode import steps
+    from encode.schema import Window, parse_day
+
+    config, places, say = _config(options), _places(options), _say(options)
+    say(f"landing {config.name} in {places.store}")
+    landed = steps.land(config, places, say, options.cache)
+    window = Window(
+        parse_day(landed["first_day"], "first day"), parse_day(landed["last_day"], "last day") + timedelta(days=1)
+    )
+    say(f"validating {window}")
+    summary = {"land": landed, "validate": steps.validate(config, places, window, say)}
+    say(f"training as of {window.end}")
+    summary["train"] = steps.train(config, places, window.end, say)
+    say(f"refreshing interests as of {window.end}")
+    summary["refresh"] = steps.refresh(config, places, window.end, say)
+    say("releasing")
+    summary["release"] = steps.release(config, places, say)
+    _show(options, summary)
+
+
+def _land(options: argparse.Namespace) -> None:
+    from encode import steps
+
+    _show(options, steps.land(_config(options), _places(options), _say(options), options.cache))
+
+
+def _validate(options: argparse.Namespace) -> None:
+    from encode import steps
+    from encode.schema import resolve_window
+
+    window = resolve_window(options.start, options.end)
+    _show(options, steps.validate(_config(options), _places(options), window, _say(options)))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from encode import steps
+    from encode.schema import parse_day
+
+    as_of = parse_day(options.as_of, "--as-of")
+    _show(options, steps.train(_config(options), _places(options), as_of, _say(options)))
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from encode import steps
+    from encode.schema import parse_day
+
+    as_of = parse_day(options.as_of, "--as-of")
+    _show(options, steps.refresh(_config(options), _places(options), as_of, _say(options)))
+
+
+def _release(options: argparse.Namespace) -> None:
+    from encode import steps
+
+    _show(options, steps.release(_config(options), _places(options), _say(options)))
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    from encode import steps
+
+    _show(options, steps.rollback(_config(options), _places(options), _say(options)))
+
+
+# --- serving -----------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> None:
+    import uvicorn
+
+    from encode.serving.app import create_app
+
+    app = create_app(_places(options), _config(options).registry, options.cache, options.poll, options.max_age)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=10)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from encode.serving.client import score
+
+    answer = score(_places(options), _config(options).registry, options.user, options.items)
+    if options.json:
+        print(json.dumps(answer))
+        return
+    for item, probability in zip(answer["item_ids"], answer["probabilities"], strict=True):
+        print(f"{item:>12}  {probability:.4f}")
+    _print_origin(answer)
+    for name, value in answer["fallbacks"].items():
+        if value:
+            print(f"fallback: {name.replace('_', ' ')}{'' if value is True else f' {value}'}")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from datetime import UTC, datetime
+
+    from encode.serving.client import interests
+
+    answer = interests(_places(options), _config(options).registry, options.user, options.item)
+    if options.json:
+        print(json.dumps(answer))
+        return
+    for interest in answer["interests"]:
+        newest = datetime.fromtimestamp(interest["newest"], UTC)
+        items = ", ".join(item["name"] or str(item["item_id"]) for item in interest["top_items"][:3])
+        attention = f"  attention {interest['attention']:.3f}" if "attention" in interest else ""
+        print(f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}")
+    _print_origin(answer)
+
+
+def _print_origin(answer: Mapping[str, Any]) -> None:
+    bundle = answer["bundle"]
+    print(f"bundle {bundle['id']}: version {bundle['model_version']}, snapshot {bundle['snapshot']}")
+
+
+# --- local stack -------------------------------------------------------------------------------------------
+
+
+def _ports(options: argparse.Namespace) -> dict[str, int]:
+    names = ("serving", "mlflow", "airflow", "objectstore")
+    return {name: port for name in names if (port := getattr(options, f"{name}_port")) is not None}
+
+
+def _stack_up(options: argparse.Namespace) -> None:
+    from encode.stack import up
+
+    stack = up(HOME, dags_folder=options.dags, ports=_ports(options), say=_say(options))
+    _show(options, {"urls": dict(stack.urls), "credentials": str(stack.credentials_file)})
+    if not options.json:
+        for name, url in stack.urls.items():
+            print(f"{name:>12}  {url}  log {stack.logs[name]}")
+        print(f" credentials  {stack.credentials_file}")
+
+
+def _stack_status(options: argparse.Namespace) -> None:
+    from encode.stack import status
+
+    states = status(HOME)
+    _show(options, {one.name: {"state": one.state, "pid": one.pid, "url": one.url, "log": str(one.log)} for one in states})
+    if not options.json:
+        for one in states:
+            print(f"{one.name:>12}  {one.state:<8} {one.url:<24} log {one.log} {one.problem}".rstrip())
+
+
+def _stack_down(options: argparse.Namespace) -> None:
+    from encode.stack import down
+
+    down(HOME, say=_say(options))
+
+
+def _stack_clean(options: argparse.Namespace) -> None:
+    from encode.stack import clean
+
+    clean(HOME, say=_say(options))
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from encode.quickstart import quickstart
+
+    _show(options, quickstart(options.preset, HOME, options.dags, _ports(options), _say(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""All behaviors of all users, per user and oldest first: what training and refreshing read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from encode.data.parquet import read_parquet
+from encode.data.partitions import days_of, quiet
+from encode.errors import ArtifactError
+from encode.schema import BEHAVIORS
+from encode.storage import Manifest, Storage, read_manifest, read_part
+
+Ints = npt.NDArray[np.int64]
+Codes = npt.NDArray[np.int32]
+_NUM_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Histories:
+    """The histories of U users, N behaviors in all, as ragged arrays.
+
+    User `u` is `user_ids[u]`, and its behaviors are the rows `offsets[u]` to `offsets[u + 1]`, sorted by timestamp,
+    then item, then category; rows equal in all three keep the order of their partition.
+    """
+
+    user_ids: Ints
+    """Ascending, [U]."""
+    offsets: Ints
+    """[U + 1], from 0 to N."""
+    item_ids: Ints
+    """[N]"""
+    category_ids: Ints
+    """0 for none, [N]."""
+    timestamps: Ints
+    """UTC seconds, [N]."""
+    behaviors: Codes
+    """Places in `behavior_names`, [N]."""
+    behavior_names: tuple[str, ...]
+    """Ascending."""
+
+    def __len__(self) -> int:
+        """Return U, the number of users."""
+        return len(self.user_ids)
+
+    def before(self, timestamp: int) -> Histories:
+        """Return the behaviors strictly before `timestamp`; users who have none are left out."""
+        kept = self.timestamps < timestamp
+        ends = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
+        counts = np.diff(ends)
+        return Histories(
+            self.user_ids[counts > 0],
+            np.concatenate([[0], np.cumsum(counts[counts > 0])]),
+            self.item_ids[kept],
+            self.category_ids[kept],
+            self.timestamps[kept],
+            self.behaviors[kept],
+            self.behavior_names,
+        )
+
+
+def to_histories(table: pa.Table) -> Histories:
+    """Group rows of `schema.BEHAVIORS`, in any order, into histories."""
+    behavior = table["behavior"].unify_dictionaries().combine_chunks()
+    if isinstance(behavior, pa.ChunkedArray):
+        behavior = pa.DictionaryArray.from_arrays(pa.array([], pa.int32()), pa.array([], pa.string()))
+    names = behavior.dictionary.to_pylist()
+    ranked = sorted(set(names))
+    codes = np.array([ranked.index(name) for name in names], np.int32)[behavior.indices.to_numpy()]
+    users, items, categories, timestamps = (
+        table[name].to_numpy() for name in ("user_id", "item_id", "category_id", "timestamp")
+    )
+    order = np.lexsort((categories, items, timestamps, users))
+    users = users[order]
+    starts = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]])) if len(users) else np.zeros(0, np.int64)
+    return Histories(
+        users[starts],
+        np.append(starts, len(users)).astype(np.int64),
+        items[order],
+        categories[order],
+        timestamps[order],
+        codes[order],
+        tuple(ranked),
+    )
+
+
+def read_histories(
+    storage: Storage, end: date, start: date | None = None, say: Callable[[str], None] = quiet
+) -> tuple[Histories, dict[str, str]]:
+    """Read all validated behaviors of the days before `end`, and from `start` on if it is given.
+
+    A partition without a manifest is unfinished and counts as absent.
+
+    Returns:
+        The histories, and the inputs: partition -> digest of its manifest, sorted.
+
+    Raises:
+        ArtifactError: there is no validated day in the range, or a file is damaged.
+    """
+    days = days_of(storage.list("behaviors/dt="))
+    prefixes = [f"behaviors/dt={day}" for day in days if day < end and (start is None or day >= start)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        manifests = pool.map(lambda prefix: read_manifest(storage, prefix), prefixes)
+        found = {prefix: manifest for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None}
+        if not found:
+            raise ArtifactError(
+                f"{storage.uri}/behaviors: no validated day {f'from {start} ' if start else ''}before {end}; "
+                "validate the window first"
+            )
+        rows = sum(int(manifest.counts.get("rows", 0)) for manifest in found.values())
+        say(f"reading {rows:,} behaviors of {len(found)} days")
+        tables = pool.map(lambda item: _read_day(storage, *item), found.items())
+        table = pa.concat_tables([table for day in tables for table in day])
+    inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
+    return to_histories(table), inputs
+
+
+def _read_day(storage: Storage, prefix: str, manifest: Manifest) -> Sequence[pa.Table]:
+    return [read_parquet(read_part(storage, prefix, part)).cast(BEHAVIORS) for part in manifest.parts]

@@ -1,0 +1,160 @@
+"""A trained model as files: JSON for settings, safetensors for numbers, nothing that could execute.
+
+model.json           settings, the space it needs, the days it saw, its metrics
+reader.safetensors   weights of the `Reader`
+mirror.safetensors   a few users and items with the probabilities that they must get, 1e-5
+report.json          curves for people
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from encode.config import ModelConfig, Section
+from encode.errors import ArtifactError
+from encode.model.ctr import Items, Reader, Reading
+from encode.model.relevance import Interests
+from encode.schema import canonical_json, digest
+
+MODEL_FILES = ("model.json", "reader.safetensors", "mirror.safetensors")
+MIRROR_TOLERANCE = 1e-5
+
+
+class ModelCard(Section):
+    """What `model.json` says."""
+
+    model: ModelConfig
+    space: str
+    """Id of the space without which the weights mean nothing."""
+    as_of: date
+    """Nothing at or after this day was used."""
+    first_day: date
+    test_days: int = Field(gt=0)
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class UserState:
+    """One user as the model sees one: what is cached between requests, free of any target."""
+
+    interests: Interests
+    """Of a single user, G = 1."""
+    recent: Int64[Tensor, " R"]
+    """Vocabulary index of the last behaviors, oldest first, padded with 0 at the end."""
+
+
+def read_user(reader: Reader, table: Items, user: UserState, target: Int64[Tensor, " B"]) -> Reading:
+    """Let candidates read one user: O(K (P + D)) each, whatever the length of the history.
+
+    Args:
+        reader: the model.
+        table: e and h of the whole vocabulary.
+        user: whom to score for.
+        target: vocabulary index of each candidate.
+    """
+    with torch.no_grad():
+        user_of = torch.zeros_like(target)
+        recent: Tensor = user.recent.expand(len(target), -1)
+        reading: Reading = reader(user.interests, table, user_of, recent, target)
+        return reading
+
+
+def model_files(
+    card: ModelCard, reader: Reader, table: Items, users: list[UserState], targets: Int64[Tensor, "U T"], report: object
+) -> dict[str, bytes]:
+    """Return the files of a model; `users` and `targets` become its mirror test."""
+    reader.eval()
+    expected = torch.stack(
+        [
+            torch.sigmoid(read_user(reader, table, user, target).logit)
+            for user, target in zip(users, targets, strict=True)
+        ]
+    )
+    mirror = {
+        "center": torch.cat([user.interests.center for user in users]),
+        "value": torch.cat([user.interests.value for user in users]),
+        "size": torch.cat([user.interests.size for user in users]),
+        "recent": torch.stack([user.recent for user in users]),
+        "target": targets,
+        "probability": expected,
+    }
+    return {
+        "model.json": canonical_json(card.model_dump(mode="json")),
+        "reader.safetensors": _save(reader.state_dict()),
+        "mirror.safetensors": _save(mirror),
+        "report.json": canonical_json(report),
+    }
+
+
+def model_digest(files: Mapping[str, bytes]) -> str:
+    """Return the identity of a model: the digest of the files that decide its scores."""
+    return digest("".join(digest(files[name]) for name in MODEL_FILES).encode())
+
+
+def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reader]:
+    """Read a model from its files.
+
+    Raises:
+        ArtifactError: a file is missing or not what it should be; `where` names the place.
+    """
+    try:
+        card = ModelCard.model_validate_json(files["model.json"])
+        reader = Reader(card.model)
+        weights = {name: torch.from_numpy(value) for name, value in load(files["reader.safetensors"]).items()}
+        reader.load_state_dict(weights)
+    except (KeyError, ValidationError, SafetensorError, RuntimeError) as error:
+        raise ArtifactError(f"{where}: not a model ({type(error).__name__}: {error}); train it again") from None
+    return card, reader.eval()
+
+
+def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Items, where: str) -> None:
+    """Score the mirror test's users again and compare with what training wrote down.
+
+    Raises:
+        ArtifactError: a probability is off by more than 1e-5: model and space are not the ones trained together,
+            or this machine computes something else.
+    """
+    try:
+        mirror = {name: torch.from_numpy(value) for name, value in load(files["mirror.safetensors"]).items()}
+        worst = 0.0
+        for place in range(len(mirror["target"])):
+            one = slice(place, place + 1)
+            interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one])
+            reading = read_user(reader, table, UserState(interests, mirror["recent"][place]), mirror["target"][place])
+            off = (torch.sigmoid(reading.logit) - mirror["probability"][place]).abs().max()
+            worst = max(worst, float(off.nan_to_num(nan=1.0)))
+    except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
+        raise ArtifactError(f"{where}: mirror test cannot run ({type(error).__name__}: {error})") from None
+    if worst > MIRROR_TOLERANCE:
+        raise ArtifactError(
+            f"{where}: mirror test: a probability is off by {worst:.2e}, expected at most {MIRROR_TOLERANCE:.0e}; "
+            "model and space do not belong together, or this machine computes differently"
+        )
+
+
+def user_state(
+    center: Float[Tensor, "K P"], value: Float[Tensor, "K D"], size: Float[Tensor, " K"], recent: npt.NDArray[np.int64]
+) -> UserState:
+    """Make a user's state from the user's own interests and recent behaviors (vocabulary index, padded)."""
+    return UserState(Interests(center[None], value[None], size[None]), torch.from_numpy(recent))
+
+
+def _save(tensors: Mapping[str, Tensor]) -> bytes:
+    return bytes(save({name: np.ascontiguousarray(value.detach().numpy()) for name, value in tensors.items()}))
+
+
+def read_report(files: Mapping[str, bytes]) -> dict[str, object]:
+    """Return the curves of a model."""
+    return dict(json.loads(files["report.json"]))

@@ -1,0 +1,274 @@
+"""The model registry: MLflow runs, versions and aliases. Only this module and `encode.serving` import mlflow.
+
+Aliases of a registered model: `candidate` is the newest that was trained, `champion` the one that serves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from encode import __version__
+from encode.config import Config, Places, RegistryConfig
+from encode.errors import ArtifactError, ConfigError
+from encode.model.files import MODEL_FILES, ModelCard, model_digest, read_report
+from encode.schema import fingerprint
+from encode.storage import git_commit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+CANDIDATE = "candidate"
+
+PREVIOUS = "encode.previous_champion"
+"""Tag: the version that served before this one."""
+REFUSED = "encode.refused"
+"""Tag: why this version must not serve."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model version."""
+
+    number: str
+    space: str
+    model: str
+    """Digest of the model's files."""
+    tags: Mapping[str, str]
+
+
+class Registry:
+    """The versions of one registered model in one MLflow."""
+
+    def __init__(self, places: Places, config: RegistryConfig) -> None:
+        """Connect; MLflow is imported here, which takes seconds.
+
+        Raises:
+            ConfigError: no tracking URI is known.
+        """
+        if not places.tracking_uri:
+            raise ConfigError("MLFLOW_TRACKING_URI is not set; expected the address of an MLflow server")
+        self._places, self._config, self._uri = places, config, places.tracking_uri
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import mlflow
+        if self._uri.startswith("sqlite:///"):
+            Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(self._uri)
+        mlflow.set_registry_uri(self._uri)
+        self._client: MlflowClient = mlflow.MlflowClient(self._uri, self._uri)
+
+    def by_alias(self, alias: str) -> Version | None:
+        """Return the version that an alias names, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self._client.get_model_version_by_alias(self._config.model_name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return _version(found)
+
+    def by_number(self, number: str) -> Version:
+        """Return a version.
+
+        Raises:
+            ArtifactError: there is none of that number.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return _version(self._client.get_model_version(self._config.model_name, number))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise ArtifactError(f"{self._config.model_name} version {number}: not in the registry") from None
+            raise
+
+    def point(self, alias: str, version: Version) -> None:
+        """Move an alias."""
+        self._client.set_registered_model_alias(self._config.model_name, alias, version.number)
+
+    def tag(self, version: Version, name: str, value: str) -> None:
+        """Write a note on a version."""
+        self._client.set_model_version_tag(self._config.model_name, version.number, name, value)
+
+    def files(self, version: Version) -> dict[str, bytes]:
+        """Fetch the files of a version's model; nothing in them is executed.
+
+        Raises:
+            ArtifactError: one is missing, or they are not the ones that were registered.
+        """
+        import mlflow
+
+        where = f"{self._config.model_name} version {version.number}"
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=f"models:/{self._config.model_name}/{version.number}", dst_path=folder
+                )
+            )
+            try:
+                files = {name: (root / "artifacts" / "model" / name).read_bytes() for name in MODEL_FILES}
+            except FileNotFoundError as error:
+                raise ArtifactError(f"{where}: {Path(error.filename).name} is missing; train it again") from None
+        if model_digest(files) != version.model:
+            raise ArtifactError(
+                f"{where}: damaged: digest {model_digest(files)[:12]}, registered as {version.model[:12]}"
+            )
+        return files
+
+    def register(
+        self, config: Config, card: ModelCard, files: Mapping[str, bytes], inputs: Mapping[str, str], prefix: str
+    ) -> Version:
+        """Log a trained model as a run with a candidate version; a model that is registered already is found again.
+
+        Args:
+            config: logged as parameters.
+            card: its space, days and metrics.
+            files: of the model.
+            inputs: digest of each behaviors partition it was trained on, logged as a dataset.
+            prefix: where the files are in the store.
+        """
+        import mlflow
+
+        wanted = model_digest(files)
+        if existing := self._find(wanted):
+            return existing
+        experiment = self._experiment()
+        report = read_report(files)
+        with mlflow.start_run(experiment_id=experiment, run_name=f"{config.name} as of {card.as_of}") as run:
+            mlflow.log_params(_flat(config.model_dump(mode="json", include={"model", "clustering", "training"})))
+            mlflow.log_metrics({name: value for name, value in card.metrics.items() if value == value})
+            for epoch, measured in enumerate(report["epochs"]):  # type: ignore[arg-type,var-annotated]
+                mlflow.log_metrics({f"epoch_{name}": value for name, value in measured.items()}, step=epoch + 1)
+            self._log_dataset(card, inputs)
+            mlflow.set_tags(
+                {
+                    "encode.preset": config.name,
+                    "encode.model": wanted,
+                    "encode.space": card.space,
+                    "encode.files": f"{self._places.store}/{prefix}",
+                    "encode.git_commit": git_commit(),
+                    "encode.version": __version__,
+                }
+            )
+            mlflow.log_figure(plot_report(report), "report.png")
+            number = self._log_model(files)
+        for name, value in {
+            "encode.model": wanted,
+            "encode.space": card.space,
+            "encode.as_of": str(card.as_of),
+            "encode.run": run.info.run_id,
+            "encode.git_commit": git_commit(),
+        }.items():
+            self._client.set_model_version_tag(self._config.model_name, number, name, value)
+        version = self.by_number(number)
+        self.point(CANDIDATE, version)
+        return version
+
+    def _find(self, model: str) -> Version | None:
+        query = f"name = '{self._config.model_name}' and tags.`encode.model` = '{model}'"
+        found = [_version(one) for one in self._client.search_model_versions(query)]
+        return max(found, key=lambda version: int(version.number), default=None)
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self._config.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None
+        if self._uri.startswith("sqlite:///"):
+            location = (Path(self._uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+        return str(self._client.create_experiment(self._config.experiment, artifact_location=location))
+
+    def _log_dataset(self, card: ModelCard, inputs: Mapping[str, str]) -> None:
+        import mlflow
+        from mlflow.data.dataset_source_registry import resolve_dataset_source
+        from mlflow.data.meta_dataset import MetaDataset
+
+        source = resolve_dataset_source(f"{self._places.store}/behaviors")
+        name = f"behaviors {card.first_day}..{card.as_of}"
+        mlflow.log_input(MetaDataset(source, name=name, digest=fingerprint(dict(inputs))[:36]), context="training")
+
+    def _log_model(self, files: Mapping[str, bytes]) -> str:
+        import mlflow
+        import pandas as pd
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, Schema
+
+        signature = ModelSignature(
+            inputs=Schema([ColSpec("long", "user_id"), ColSpec("long", "item_id")]),
+            outputs=Schema([ColSpec("double", "probability")]),
+        )
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in MODEL_FILES:
+                (Path(folder) / name).write_bytes(files[name])
+            logged = mlflow.pyfunc.log_model(
+                name="ctr",
+                python_model=str(model_code()),
+                artifacts={"model": folder},
+                model_config={"store": self._places.store, "endpoint_url": self._places.endpoint_url},
+                signature=signature,
+                input_example=pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}),
+                pip_requirements=[f"encode-interests=={__version__}"],
+                registered_model_name=self._config.model_name,
+            )
+        return str(logged.registered_model_version)
+
+
+def model_code() -> Path:
+    """Return the file that MLflow runs to make the pyfunc: from the checkout, else where the wheel put it.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    places = [
+        Path(__file__).parents[1] / "mlflow" / "ctr_model.py",
+        Path(sys.prefix) / "share" / "encode" / "mlflow" / "ctr_model.py",
+    ]
+    for path in places:
+        if path.is_file():
+            return path
+    raise ConfigError(f"mlflow/ctr_model.py: not found; looked at {' and '.join(map(str, places))}")
+
+
+def plot_report(report: Mapping[str, Any]) -> Figure:
+    """Draw reliability and AUC by history length side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    bins = report["reliability"]
+    top = 1.05 * max(max(one["predicted"], one["observed"]) for one in bins)
+    left.plot([0, top], [0, top], color="0.7", linewidth=1, label="perfect")
+    left.plot([one["predicted"] for one in bins], [one["observed"] for one in bins], "o-", label="test days")
+    left.set(xlabel="predicted probability (mean of a tenth)", ylabel="observed share", title="Reliability")
+    left.legend()
+    lengths = report["auc_by_history_length"]
+    right.plot([one["up_to"] for one in lengths], [one["auc"] for one in lengths], "o-")
+    right.set(xlabel="behaviors in the history (upper end of a tenth)", ylabel="AUC", title="AUC by history length")
+    right.set_xscale("symlog")
+    return figure
+
+
+def _version(found: Any) -> Version:
+    tags = dict(found.tags)
+    return Version(str(found.version), tags.get("encode.space", ""), tags.get("encode.model", ""), tags)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

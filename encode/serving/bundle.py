@@ -1,0 +1,184 @@
+"""A bundle: one model version, its space, and one snapshot, joined only if their ids agree.
+
+The chain of truth is `alias -> model version -> space -> current.json in that space -> snapshot`; a bundle is one
+reading of it, loaded beside whatever serves and immutable from then on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from encode.errors import ArtifactError
+from encode.interests.extract import state_of
+from encode.interests.snapshots import Pointer, read_pointer, read_space
+from encode.model.ctr import Reader
+from encode.model.files import UserState, check_mirror, load_model, model_digest, read_user
+from encode.model.space import Space
+from encode.schema import UNKNOWN, digest
+from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
+from encode.storage import Storage, read_manifest
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Probabilities of the candidates of one request, and what had to be assumed."""
+
+    probabilities: list[float]
+    unknown_user: bool
+    unknown_items: list[int]
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """A recent behavior that comes with a request, because it is newer than the snapshot."""
+
+    item_id: int
+    category_id: int
+    timestamp: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that scores, consistent and ready."""
+
+    id: str
+    model_version: str
+    space: Space
+    reader: Reader
+    pointer: Pointer
+    snapshot: LocalSnapshot
+    names: Mapping[int, str]
+
+    def describe(self) -> dict[str, str]:
+        """Return what every response says about where its numbers come from."""
+        return {
+            "id": self.id,
+            "model_version": self.model_version,
+            "space": self.space.id,
+            "snapshot": self.pointer.snapshot,
+            "as_of": str(self.pointer.as_of),
+        }
+
+    def score(
+        self,
+        user_id: int,
+        item_ids: Sequence[int],
+        category_ids: Sequence[int] | None = None,
+        recent: Sequence[Behavior] = (),
+    ) -> Scored:
+        """Return the probability of each candidate.
+
+        A user without a row is scored without a history; an item outside the vocabulary as its category's other
+        items if a category is given, else as unknown.
+
+        Args:
+            user_id: whom to score for.
+            item_ids: candidates.
+            category_ids: of the candidates, for those that the space may not know.
+            recent: behaviors since the snapshot, any order; they go before those that the snapshot holds.
+        """
+        row = self.snapshot.find(user_id)
+        target = self._index(item_ids, category_ids)
+        user = self._with_recent(state_of(row, self.space), recent)
+        reading = read_user(self.reader, self.space.items, user, torch.from_numpy(target))
+        known = self.space.vocabulary.is_item(target)
+        return Scored(
+            torch.sigmoid(reading.logit).tolist(),
+            row is None,
+            [item for item, is_known in zip(item_ids, known, strict=True) if not is_known],
+        )
+
+    def interests(self, user_id: int) -> list[dict[str, Any]] | None:
+        """Return what the system thinks a user likes, largest interest first; None for an unknown user."""
+        row = self.snapshot.find(user_id)
+        if row is None:
+            return None
+        sizes = row["size"].as_py()
+        return [
+            {
+                "weight": size / sum(sizes),
+                "size": size,
+                "newest": newest,
+                "top_items": [{"item_id": item, "name": self.names.get(item)} for item in items],
+            }
+            for size, newest, items in zip(sizes, row["newest"].as_py(), row["top_items"].as_py(), strict=True)
+        ]
+
+    def attention(self, user_id: int, item_id: int) -> list[float] | None:
+        """Return beta: how much a candidate attends to each interest of `interests`; None for an unknown user."""
+        row = self.snapshot.find(user_id)
+        if row is None:
+            return None
+        target = torch.from_numpy(self._index([item_id], None))
+        reading = read_user(self.reader, self.space.items, state_of(row, self.space), target)
+        return [float(weight) for weight in reading.interest_weights[0][: len(row["size"])]]
+
+    def _index(self, item_ids: Sequence[int], category_ids: Sequence[int] | None) -> np.ndarray:
+        categories = None if category_ids is None else np.array(category_ids, np.int64)
+        index = self.space.vocabulary.index(np.array(item_ids, np.int64), categories)
+        return np.where(index == 0, UNKNOWN, index)  # padding is not a candidate
+
+    def _with_recent(self, user: UserState, recent: Sequence[Behavior]) -> UserState:
+        if not recent:
+            return user
+        ordered = sorted(recent, key=lambda behavior: behavior.timestamp)
+        added = self._index([b.item_id for b in ordered], [b.category_id for b in ordered])
+        held = user.recent[user.recent != 0]
+        both = torch.cat([held, torch.from_numpy(added)])[-len(user.recent) :]
+        padded = torch.zeros_like(user.recent)
+        padded[: len(both)] = both
+        return UserState(user.interests, padded)
+
+
+def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str, cache: Path) -> Bundle:
+    """Follow the chain from a model's files to the snapshot that its space points at, verifying each link.
+
+    Raises:
+        ArtifactError: a link is missing, damaged or belongs to another space, or the mirror test fails.
+    """
+    where = f"model version {model_version}"
+    card, reader = load_model(files, where)
+    space = read_space(storage, card.space)
+    check_mirror(files, reader, space.items, where)
+    found = read_pointer(storage, card.space)
+    if found is None:
+        raise ArtifactError(f"interests/{card.space}/current.json: no snapshot yet in this space; refresh it first")
+    pointer = found[0]
+    prefix = f"interests/{card.space}/{pointer.snapshot}"
+    manifest = read_manifest(storage, prefix)
+    if manifest is None or manifest.digest() != pointer.manifest:
+        state = "absent or unfinished" if manifest is None else f"has manifest {manifest.digest()[:12]}"
+        raise ArtifactError(f"{prefix}: {state}, pointer expects {pointer.manifest[:12]}; refresh the space again")
+    if manifest.details.get("space") != card.space:
+        raise ArtifactError(f"{prefix}: of space {manifest.details.get('space')}, model needs {card.space}")
+    return Bundle(
+        bundle_id(files, pointer),
+        model_version,
+        space,
+        reader,
+        pointer,
+        fetch_snapshot(storage, prefix, manifest, cache),
+        _names(storage),
+    )
+
+
+def bundle_id(files: Mapping[str, bytes], pointer: Pointer) -> str:
+    """Return the identity of model (which names its space) and snapshot together: 12 hex digits."""
+    return digest(f"{model_digest(files)}/{pointer.manifest}".encode())[:12]
+
+
+def _names(storage: Storage) -> dict[int, str]:
+    """Names of items for people, where the log brought any."""
+    found = storage.get_versioned("items/items.parquet")
+    if found is None:
+        return {}
+    table = pq.read_table(io.BytesIO(found[0]), columns=["item_id", "name"])
+    return dict(zip(table["item_id"].to_pylist(), table["name"].to_pylist(), strict=True))

@@ -1,0 +1,53 @@
+"""The release from outside the serving process: load the bundle here first, then see serving load the same."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from encode.config import Places
+from encode.errors import ArtifactError
+from encode.registry import Registry, Version
+from encode.serving.bundle import Bundle, load_bundle
+from encode.storage import open_storage
+
+_TIMEOUT_SECONDS = 120
+
+
+@contextmanager
+def loaded(registry: Registry, places: Places, version: Version) -> Iterator[Bundle]:
+    """Load a version's bundle as serving will, all checks included, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="encode-") as cache:
+        yield load_bundle(open_storage(places), registry.files(version), version.number, Path(cache))
+
+
+def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> str:
+    """Ask serving to look at the registry now, and wait until it serves exactly this bundle.
+
+    Returns:
+        The address of the serving process, or "no serving process" where none is configured.
+
+    Raises:
+        ArtifactError: it still serves something else after two minutes; the message says what it reports.
+    """
+    if not places.serving_url:
+        say("no serving process is configured; the bundle was loaded and checked here")
+        return "no serving process"
+    import httpx
+
+    with httpx.Client(base_url=places.serving_url, timeout=60) as client:
+        client.post("/v1/release/reload").raise_for_status()
+        until = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
+            state = client.get("/v1/release").json()
+            if (state["bundle"] or {}).get("id") == bundle.id:
+                return places.serving_url
+            if time.monotonic() > until:
+                raise ArtifactError(
+                    f"{places.serving_url}: serves {state['bundle']}, expected bundle {bundle.id}; "
+                    f"its last error: {state['error']}"
+                )
+            time.sleep(0.5)

@@ -1,0 +1,194 @@
+"""The steps, in the order the data move. DAG tasks, the command line and the tests call these and nothing else.
+
+    land       raw log                         -> raw/dt=D
+    validate   raw/dt=D                        -> behaviors/dt=D, quarantine/dt=D
+    train      behaviors                       -> spaces/<space>, models/<model>, a candidate version in MLflow
+    refresh    behaviors x space               -> interests/<space>/<snapshot>, current.json moved
+    release    candidate                       -> alias champion, serving has loaded exactly that bundle
+    rollback   the champion before             -> alias champion
+
+Each takes the settings (what), the places (where) and the days, and returns a summary of strings and numbers: URIs,
+digests, counts. Each is idempotent: finished outputs are found by their manifests and left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from encode.config import Config, Places, load_config
+from encode.errors import QualityError
+from encode.schema import Window
+from encode.storage import open_storage, read_manifest, read_parts, recipe, write_output
+
+Say = Callable[[str], None]
+Summary = dict[str, Any]
+
+__all__ = ["land", "load_config", "refresh", "release", "rollback", "train", "validate"]
+
+
+def land(config: Config, places: Places, say: Say = print, cache: Path | None = None) -> Summary:
+    """Split the preset's raw log into daily partitions.
+
+    Raises:
+        DataError: the log cannot be read, or a day was landed from another log.
+    """
+    from encode.data.landing import land as land_log
+
+    report = land_log(open_storage(places), config.source, cache=cache, say=say)
+    return report.summary()
+
+
+def validate(config: Config, places: Places, window: Window, say: Say = print) -> Summary:
+    """Turn the window's raw partitions into behaviors, with what is rejected in quarantine.
+
+    Raises:
+        DataError: there is no raw partition in the window, or one changed after it was validated.
+        QualityError: a day misses its expectations; its rows are in quarantine, its behaviors are not published.
+    """
+    from encode.data.validation import validate_window
+
+    return validate_window(open_storage(places), window, config, say)
+
+
+def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summary:
+    """Train on all behaviors before `as_of`, store space and model, register the model as candidate.
+
+    Raises:
+        ArtifactError: there are no validated behaviors.
+        DataError: there are not enough of them.
+    """
+    from encode.data.histories import read_histories
+    from encode.interests.snapshots import write_space
+    from encode.model.files import load_model
+    from encode.registry import Registry
+    from encode.train import package
+    from encode.train import train as fit
+
+    storage = open_storage(places)
+    histories, inputs = read_histories(storage, as_of, say=say)
+    settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
+    made = recipe("model", settings, inputs, config.training.seed)
+    prefix = f"models/{made[:16]}"
+    manifest = read_manifest(storage, prefix)
+    if manifest is None:
+        trained = fit(histories, as_of, config, say)
+        space = trained.space
+        card, files = package(trained, histories, as_of, config)
+        write_space(storage, space, inputs)
+        manifest = write_output(
+            storage,
+            prefix,
+            files,
+            kind="model",
+            fingerprint=made,
+            config=settings,
+            inputs=inputs,
+            counts=card.metrics,
+            details={"space": space.id},
+            seed=config.training.seed,
+        )
+    else:
+        say(f"model {made[:16]} is there already")
+    files = dict(zip([part.name for part in manifest.parts], read_parts(storage, prefix, manifest.parts), strict=True))
+    card, _ = load_model(files, f"{storage.uri}/{prefix}")
+    version = Registry(places, config.registry).register(config, card, files, inputs, prefix)
+    say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")
+    return {
+        "model": prefix,
+        "version": version.number,
+        "space": card.space,
+        "as_of": str(as_of),
+        "metrics": card.metrics,
+    }
+
+
+def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Summary:
+    """Refresh every user's interests, as of a day, in each space that a champion or candidate needs.
+
+    Without any model yet there is nothing to refresh, and the summary says so.
+
+    Raises:
+        ArtifactError: there are no validated behaviors, or a space is damaged.
+    """
+    from encode.data.histories import read_histories
+    from encode.interests.snapshots import publish, read_space, write_snapshot
+    from encode.registry import CANDIDATE, CHAMPION, Registry
+
+    registry = Registry(places, config.registry)
+    versions = [version for alias in (CHAMPION, CANDIDATE) if (version := registry.by_alias(alias))]
+    spaces = sorted({version.space for version in versions})
+    if not spaces:
+        say("no model is registered yet: no space to refresh interests in")
+        return {"as_of": str(as_of), "snapshots": {}, "users": 0}
+    storage = open_storage(places)
+    histories, inputs = read_histories(storage, as_of, say=say)
+    snapshots = {}
+    for space_id in spaces:
+        space = read_space(storage, space_id)
+        snapshot, manifest = write_snapshot(storage, space, histories, as_of, inputs, config.refresh.num_parts, say)
+        pointer = publish(storage, space_id, snapshot, manifest)
+        say(f"space {space_id}: current snapshot is {pointer.snapshot}")
+        snapshots[space_id] = pointer.snapshot
+    return {"as_of": str(as_of), "snapshots": snapshots, "users": len(histories.user_ids)}
+
+
+def release(config: Config, places: Places, say: Say = print) -> Summary:
+    """Let the candidate serve if it passes its gates, and see that serving has loaded exactly that bundle.
+
+    Where the candidate is the champion already, only serving is brought up to the current snapshot. A candidate that
+    was refused once is not tried again; train another.
+
+    Raises:
+        QualityError: the candidate misses a gate; the champion still serves.
+        ArtifactError: the bundle cannot be loaded; the alias has not moved.
+    """
+    from encode.gates import pass_gates
+    from encode.registry import CANDIDATE, CHAMPION, PREVIOUS, REFUSED, Registry
+    from encode.serving.release import loaded, see_served
+
+    registry = Registry(places, config.registry)
+    champion, candidate = registry.by_alias(CHAMPION), registry.by_alias(CANDIDATE)
+    if candidate is None:
+        say("no candidate is registered yet: nothing to release")
+        return {"outcome": "nothing to release"}
+    chosen, outcome, gates = candidate, "released", {}
+    if champion is not None and (champion.number == candidate.number or REFUSED in candidate.tags):
+        chosen, outcome = champion, "serving brought up to date"
+        if champion.number != candidate.number:
+            say(f"candidate version {candidate.number} was refused before: {candidate.tags[REFUSED]}")
+    with loaded(registry, places, chosen) as bundle:
+        if outcome == "released":
+            gates = pass_gates(config, places, registry, candidate, champion, bundle, say)
+            if champion is not None:
+                registry.tag(candidate, PREVIOUS, champion.number)
+            registry.point(CHAMPION, candidate)
+        served = see_served(places, bundle, say)
+    say(f"{outcome}: version {chosen.number}, bundle {bundle.id}, snapshot {bundle.pointer.snapshot}")
+    return {"outcome": outcome, "version": chosen.number, "bundle": bundle.id, "served_by": served, "gates": gates}
+
+
+def rollback(config: Config, places: Places, say: Say = print) -> Summary:
+    """Make the champion before this one the champion again.
+
+    Raises:
+        QualityError: there is none.
+    """
+    from encode.registry import CHAMPION, PREVIOUS, REFUSED, Registry
+    from encode.serving.release import loaded, see_served
+
+    registry = Registry(places, config.registry)
+    champion = registry.by_alias(CHAMPION)
+    previous = champion.tags.get(PREVIOUS) if champion else None
+    if champion is None or previous is None:
+        now = f"version {champion.number} is the first champion" if champion else "there is no champion"
+        raise QualityError(f"rollback: {now}; nothing to go back to")
+    version = registry.by_number(previous)
+    with loaded(registry, places, version) as bundle:
+        registry.tag(champion, REFUSED, f"rolled back to version {previous}")
+        registry.point(CHAMPION, version)
+        served = see_served(places, bundle, say)
+    say(f"rolled back from version {champion.number} to {previous}, bundle {bundle.id}")
+    return {"outcome": "rolled back", "version": previous, "bundle": bundle.id, "served_by": served}
