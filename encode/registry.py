@@ -33,6 +33,16 @@ PREVIOUS = "encode.previous_champion"
 REFUSED = "encode.refused"
 """Tag: why this version must not serve."""
 
+# Set before MLflow is imported. Its log would warn that the input example cannot be scored when it is logged, which is
+# so by design: the space gets its first snapshot after training.
+_QUIET = {
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
 
 @dataclass(frozen=True)
 class Version:
@@ -57,8 +67,8 @@ class Registry:
         if not places.tracking_uri:
             raise ConfigError("MLFLOW_TRACKING_URI is not set; expected the address of an MLflow server")
         self._places, self._config, self._uri = places, config, places.tracking_uri
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import mlflow
@@ -147,7 +157,9 @@ class Registry:
             return existing
         experiment = self._experiment()
         report = read_report(files)
-        with mlflow.start_run(experiment_id=experiment, run_name=f"{config.name} as of {card.as_of}") as run:
+        name = f"{config.name} as of {card.as_of}"
+        with warnings.catch_warnings(), mlflow.start_run(experiment_id=experiment, run_name=name) as run:
+            warnings.simplefilter("ignore")
             mlflow.log_params(_flat(config.model_dump(mode="json", include={"model", "clustering", "training"})))
             mlflow.log_metrics({name: value for name, value in card.metrics.items() if value == value})
             for epoch, measured in enumerate(report["epochs"]):  # type: ignore[arg-type,var-annotated]
@@ -210,14 +222,15 @@ class Registry:
             inputs=Schema([ColSpec("long", "user_id"), ColSpec("long", "item_id")]),
             outputs=Schema([ColSpec("double", "probability")]),
         )
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            folder.mkdir()
             for name in MODEL_FILES:
-                (Path(folder) / name).write_bytes(files[name])
+                (folder / name).write_bytes(files[name])
             logged = mlflow.pyfunc.log_model(
                 name="ctr",
                 python_model=str(model_code()),
-                artifacts={"model": folder},
+                artifacts={"model": str(folder)},
                 model_config={"store": self._places.store, "endpoint_url": self._places.endpoint_url},
                 signature=signature,
                 input_example=pd.DataFrame({"user_id": [1, 1], "item_id": [1, 2]}),

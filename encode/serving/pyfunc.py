@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from encode.config import Places
 from encode.model.files import MODEL_FILES
 from encode.serving.bundle import Bundle, load_bundle
 from encode.storage import open_storage
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class ScoringModel(PythonModel):  # type: ignore[misc]
@@ -47,8 +45,6 @@ class ScoringModel(PythonModel):  # type: ignore[misc]
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Score each row; rows of one user are scored together."""
-        import pandas as pd
-
         users = model_input["user_id"].to_numpy()
         items = model_input["item_id"].to_numpy()
         probabilities = np.zeros(len(users))
