@@ -107,7 +107,9 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     serve = with_step(add("serve", _serve, "serve the champion over HTTP"))
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    serve.add_argument("--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)")
+    serve.add_argument(
+        "--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)"
+    )
     serve.add_argument("--poll", type=float, default=10.0, metavar="SECONDS", help="between looks for a new release")
     serve.add_argument("--max-age", type=int, metavar="DAYS", help="report an older snapshot as stale (default: never)")
     score = with_step(add("score", _score, "score items for a user with what serves now"))
@@ -287,7 +289,9 @@ def _explain(options: argparse.Namespace) -> None:
         newest = datetime.fromtimestamp(interest["newest"], UTC)
         items = ", ".join(item["name"] or str(item["item_id"]) for item in interest["top_items"][:3])
         attention = f"  attention {interest['attention']:.3f}" if "attention" in interest else ""
-        print(f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}")
+        print(
+            f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}"
+        )
     _print_origin(answer)
 
 
@@ -319,7 +323,9 @@ def _stack_status(options: argparse.Namespace) -> None:
     from encode.stack import status
 
     states = status(HOME)
-    _show(options, {one.name: {"state": one.state, "pid": one.pid, "url": one.url, "log": str(one.log)} for one in states})
+    _show(
+        options, {one.name: {"state": one.state, "pid": one.pid, "url": one.url, "log": str(one.log)} for one in states}
+    )
     if not options.json:
         for one in states:
             print(f"{one.name:>12}  {one.state:<8} {one.url:<24} log {one.log} {one.problem}".rstrip())

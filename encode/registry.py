@@ -113,6 +113,10 @@ class Registry:
         """Write a note on a version."""
         self._client.set_model_version_tag(self._config.model_name, version.number, name, value)
 
+    def metrics(self, version: Version) -> dict[str, float]:
+        """Return the metrics that were logged with a version."""
+        return dict(self._client.get_run(version.tags["encode.run"]).data.metrics)
+
     def files(self, version: Version) -> dict[str, bytes]:
         """Fetch the files of a version's model; nothing in them is executed.
 

@@ -21,7 +21,7 @@ from typing import Any
 from encode.config import Config, Places, load_config
 from encode.errors import QualityError
 from encode.schema import Window
-from encode.storage import open_storage, read_manifest, read_parts, recipe, write_output
+from encode.storage import open_log, read_manifest, read_parts, recipe, write_output
 
 Say = Callable[[str], None]
 Summary = dict[str, Any]
@@ -37,7 +37,7 @@ def land(config: Config, places: Places, say: Say = print, cache: Path | None = 
     """
     from encode.data.landing import land as land_log
 
-    report = land_log(open_storage(places), config.source, cache=cache, say=say)
+    report = land_log(open_log(places, config.name), config.source, cache=cache, say=say)
     return report.summary()
 
 
@@ -50,7 +50,7 @@ def validate(config: Config, places: Places, window: Window, say: Say = print) -
     """
     from encode.data.validation import validate_window
 
-    return validate_window(open_storage(places), window, config, say)
+    return validate_window(open_log(places, config.name), window, config, say)
 
 
 def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summary:
@@ -67,7 +67,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.train import package
     from encode.train import train as fit
 
-    storage = open_storage(places)
+    storage = open_log(places, config.name)
     histories, inputs = read_histories(storage, as_of, say=say)
     settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
     made = recipe("model", settings, inputs, config.training.seed)
@@ -123,7 +123,7 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     if not spaces:
         say("no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "snapshots": {}, "users": 0}
-    storage = open_storage(places)
+    storage = open_log(places, config.name)
     histories, inputs = read_histories(storage, as_of, say=say)
     snapshots = {}
     for space_id in spaces:

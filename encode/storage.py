@@ -29,6 +29,7 @@ from encode.schema import canonical_json, digest, fingerprint
 
 _KEY_PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
 _NUM_THREADS = 8
+_LOG = "log.json"
 
 
 class LostRace(Exception):  # noqa: N818 - an outcome to handle, not an error to report
@@ -81,6 +82,30 @@ def open_storage(places: Places) -> Storage:
     if "://" in places.store and not places.store.startswith("file://"):
         raise ConfigError(f"store: found {places.store!r}, expected s3://bucket[/prefix] or a folder")
     return FolderStorage(Path(places.store.removeprefix("file://")))
+
+
+def open_log(places: Places, name: str) -> Storage:
+    """Open the store of one log: the first preset that uses a store gives it its name, others are refused.
+
+    Two logs in one store would be trained on as one.
+
+    Raises:
+        ConfigError: the store holds another log.
+    """
+    storage = open_storage(places)
+    ours = canonical_json({"log": name})
+    found = storage.get_versioned(_LOG)
+    if found is None:
+        try:
+            storage.create(_LOG, ours)
+        except LostRace:
+            found = storage.get_versioned(_LOG)
+    if found is not None and found[0] != ours:
+        raise ConfigError(
+            f"{storage.uri}: holds another log: found {found[0].decode()}, this preset is {ours.decode()}; use another "
+            "store (ENCODE_STORE, ENCODE_HOME or --workdir), or remove this one first (`encode stack clean`)"
+        )
+    return storage
 
 
 def check_key(key: str) -> str:

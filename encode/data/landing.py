@@ -8,6 +8,7 @@ compressed files. Nothing is written to the store before the whole log is read a
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from encode.data.parquet import parquet_bytes
 from encode.data.partitions import days_of, quiet
 from encode.data.readers import RawBatch
 from encode.data.sources import open_log
-from encode.data.verdicts import REASONS, read_timestamps, to_quarantine
+from encode.data.verdicts import REASONS, count_reasons, read_timestamps, to_quarantine
 from encode.errors import DataError, EncodeError
 from encode.schema import SECONDS_PER_DAY, day_of, digest
 from encode.storage import MANIFEST, Manifest, Storage, read_manifest, recipe, write_output
@@ -189,19 +190,18 @@ def _sort_into_days(
     batches: Any, source: SourceConfig, days: _DayBuffers, say: Callable[[str], None]
 ) -> dict[str, int]:
     """Give each row to its day, or to the unknown day with a reason; return the reasons' counts."""
-    reasons: dict[str, int] = {}
+    reasons: Counter[str] = Counter()
     next_line = _ROWS_BETWEEN_LINES
     for raw in batches:
         seconds, reason = read_timestamps(raw.batch.column("timestamp"), source)
         if raw.malformed is not None:
             reason[raw.malformed] = _MALFORMED
         if reason.any():
-            rejected = to_quarantine(raw, reason)
-            for batch in rejected.to_batches():
+            for batch in to_quarantine(raw, reason).to_batches():
                 days.add(UNKNOWN_DAY, batch)
-            for name in rejected["reason"].to_pylist():
-                reasons[name] = reasons.get(name, 0) + 1
-        _add_rows(raw, seconds, np.flatnonzero(reason == 0), days)
+            reasons.update(count_reasons(reason))
+        if not reason.all():
+            _add_rows(raw, seconds, np.flatnonzero(reason == 0), days)
         if days.rows >= next_line:
             next_line += _ROWS_BETWEEN_LINES
             say(f"read {days.rows:,} rows, {len(days.counts)} days")

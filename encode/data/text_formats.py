@@ -39,23 +39,24 @@ def read_lines(file: pa.NativeFile, name: str) -> Iterator[Lines]:
         DataError: the file is empty, compressed or otherwise not text.
     """
     rest, first_row = b"", 1
-    while block := file.read(BLOCK_BYTES):
+    block = file.read(BLOCK_BYTES)
+    _refuse_binary(block, name)
+    block = block.removeprefix(_BOM)
+    while block:
+        following = file.read(BLOCK_BYTES)
         data = rest + block
-        if first_row == 1:
-            _refuse_binary(data, name)
-            data = data.removeprefix(_BOM)
-        # The last line that is not blank stays behind, for more of it may follow.
-        cut = data.rfind(b"\n", 0, len(data.rstrip(b"\r\n"))) + 1
+        # The last line that is not blank stays behind, for more of it, or nothing but blank lines, may follow.
+        end = len(data.rstrip(b"\r\n"))
+        cut = data.rfind(b"\n", 0, end) + 1 if following else end
         rest = data[cut:]
-        if len(rest.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+        if end - data.rfind(b"\n", 0, end) > MAX_LINE_BYTES:
             raise DataError(f"{name}: not text: found a line of more than {MAX_LINE_BYTES:,} bytes, expected rows")
         if cut:
-            lines = _lines(data[:cut], first_row)
+            lines = _lines(data[:cut] if following else data[:cut] + b"\n", first_row)
             first_row += len(lines.text)
             yield lines
-    if rest := rest.rstrip(b"\r\n"):
-        yield _lines(rest + b"\n", first_row)
-    elif first_row == 1:
+        block = following
+    if first_row == 1:
         raise DataError(f"{name}: empty file, expected rows; remove it or export it again")
 
 

@@ -115,10 +115,7 @@ def duplicates(columns: Sequence[Ints]) -> Bools:
     Rows are compared by a 64-bit hash first, so that only those with an equal hash are sorted by all columns.
     """
     found = np.zeros(len(columns[0]), bool)
-    key = np.zeros(len(found), np.uint64)
-    for column in columns:
-        key = (key ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        key ^= key >> np.uint64(29)
+    key = _hash(columns)
     order = np.argsort(key, kind="stable")
     same = key[order[1:]] == key[order[:-1]]
     if not same.any():
@@ -129,6 +126,14 @@ def duplicates(columns: Sequence[Ints]) -> Bools:
     equal = np.logical_and.reduce([v[ranked[1:]] == v[ranked[:-1]] for v in values])
     found[suspects[ranked[1:][equal]]] = True
     return found
+
+
+def _hash(columns: Sequence[Ints]) -> npt.NDArray[np.uint64]:
+    key = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        key = (key ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        key ^= key >> np.uint64(29)
+    return key
 
 
 def to_quarantine(raw: RawBatch, reason: Codes) -> pa.Table:

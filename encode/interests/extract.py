@@ -88,8 +88,8 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
     if row is not None:
         sizes = row["size"].values.to_numpy()
         count = len(sizes)
-        center[:count] = row["center"].values.flatten().to_numpy().reshape(count, -1)
-        value[:count] = row["value"].values.flatten().to_numpy().reshape(count, -1)
+        center[:count] = row["center"].values.flatten().to_numpy().reshape(count, center.shape[1])
+        value[:count] = row["value"].values.flatten().to_numpy().reshape(count, value.shape[1])
         size[:count] = sizes
         items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
         recent[: len(items)] = space.vocabulary.index(items, categories)

@@ -118,4 +118,5 @@ def pool_interests(
     share = weight / mass[segment]
     value = embedding.new_zeros(total, embedding.shape[1]).index_add(0, segment, embedding * share[:, None])
     shape = (num_users, num_clusters)
-    return Interests(center.view(*shape, -1), value.view(*shape, -1), size.view(shape))
+    # Not -1: with no users it would be ambiguous.
+    return Interests(center.view(*shape, key.shape[1]), value.view(*shape, embedding.shape[1]), size.view(shape))

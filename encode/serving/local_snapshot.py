@@ -31,6 +31,10 @@ class LocalSnapshot:
         part = self._parts[int(bucket_of(np.array([user_id]), len(self._parts))[0])]
         return part.find(user_id)
 
+    def busiest_user(self) -> int:
+        """Return the user with the most behaviors, the smallest id among equals."""
+        return min((part.busiest() for part in self._parts if len(part.user_ids)), key=lambda one: (-one[0], one[1]))[1]
+
     def user_ids(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the ids of all users, a part at a time, ascending within it."""
         for part in self._parts:
@@ -52,6 +56,12 @@ class _MappedPart:
             raise ArtifactError(f"{path}: not an Arrow IPC file ({error}); refresh the snapshot") from None
         self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in self._batches])
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
+
+    def busiest(self) -> tuple[int, int]:
+        """Return the most behaviors of a user in this part, and the user."""
+        counts = np.concatenate([batch.column("num_behaviors").to_numpy() for batch in self._batches])
+        place = int(np.argmax(counts))
+        return int(counts[place]), int(self.user_ids[place])
 
     def find(self, user_id: int) -> dict[str, Any] | None:
         row = int(np.searchsorted(self.user_ids, user_id))

@@ -1,0 +1,42 @@
+# `make help` lists the targets. Settings: PRESET, PYTHON, ENCODE_HOME.
+PYTHON ?= python3.11
+PRESET ?= complete-journey
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check down clean status
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv and install the pinned requirements
+
+$(STAMP): requirements.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned requirements into $(VENV), 2 to 4 minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+run: $(STAMP) ## start the local stack and run everything through Airflow on a real log
+	@exec $(BIN)/encode quickstart --preset $(PRESET)
+
+test: $(STAMP) ## run the whole suite, with real servers
+	@exec $(BIN)/python -m pytest
+
+check: $(STAMP) ## format, lint and type check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+status: ## show the state of the local stack
+	@$(BIN)/encode stack status
+
+down: ## stop the local stack; data stay
+	@test ! -x $(BIN)/encode || $(BIN)/encode stack down
+
+clean: ## stop the local stack and remove its data
+	@test ! -x $(BIN)/encode || $(BIN)/encode stack clean

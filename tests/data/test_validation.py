@@ -1,0 +1,356 @@
+"""Raw days into behaviors and quarantine: counts reconcile, bytes repeat, a refused day loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from datetime import date, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from encode.config import Config, GeneratorConfig, SourceConfig, ValidationConfig
+from encode.data import daily
+from encode.data.histories import read_histories
+from encode.data.landing import land
+from encode.data.parquet import parquet_bytes, read_parquet
+from encode.data.validation import MAX_REFUSED_DAYS, validate_day, validate_window
+from encode.errors import DataError, EncodeError, QualityError
+from encode.schema import BEHAVIORS, QUARANTINE, Window, day_start
+from encode.storage import FolderStorage, read_manifest
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "complete-journey.parquet"
+DAY = date(2024, 3, 5)
+NOON = day_start(DAY) + 43_200
+NAMES = ("user_id", "item_id", "category_id", "behavior", "timestamp")
+
+
+def config(reader="parquet", source=None, **validation):
+    return Config(
+        name="test", source=SourceConfig(reader=reader, **(source or {})), validation=ValidationConfig(**validation)
+    )
+
+
+def put_rows(storage, rows, day=DAY, name="export.parquet"):
+    columns = {key: pa.array(column) for key, column in zip(NAMES, zip(*rows, strict=True), strict=True)}
+    storage.put(f"raw/dt={day}/{name}", parquet_bytes(pa.table(columns)))
+
+
+def good_rows(count, day=DAY):
+    return [(1 + i % 7, 1 + i, i % 3, "buy" if i % 5 else "pv", day_start(day) + i) for i in range(count)]
+
+
+def table(storage, key):
+    return read_parquet(storage.get(key))
+
+
+def reasons_in(storage, prefix):
+    counts = table(storage, f"{prefix}/part-00000.parquet")["reason"].value_counts().to_pylist()
+    return {entry["values"]: entry["counts"] for entry in counts}
+
+
+def content(storage):
+    return {key: hashlib.sha256(storage.get(key)).hexdigest() for key in storage.list("")}
+
+
+def gx_rejected(storage, prefix):
+    """Rows with a reason, by Great Expectations' own count in result.json."""
+    result = json.loads(storage.get(f"{prefix}/result.json"))
+    (found,) = [
+        one["result"]["unexpected_count"]
+        for one in result["results"]
+        if one["expectation_config"]["type"] == "expect_column_values_to_be_null"
+    ]
+    return found
+
+
+def test_good_rows_are_published_and_bad_ones_kept_with_a_reason(tmp_path):
+    storage = FolderStorage(tmp_path)
+    bad = [(None, 1, 1, "pv", NOON), (1, -4, 1, "pv", NOON), (5, 5, 5, "pv", NOON), (5, 5, 5, "pv", NOON)]
+    put_rows(storage, good_rows(400) + bad)
+    report = validate_day(storage, DAY, config())
+    assert (report.rows, report.accepted, report.rejected) == (404, 401, 3)
+    assert report.reasons == {"duplicate": 1, "item_id_not_positive": 1, "user_id_missing": 1}
+    behaviors = table(storage, f"behaviors/dt={DAY}/part-00000.parquet")
+    assert behaviors.schema.equals(BEHAVIORS)
+    assert [tuple(row.values()) for row in behaviors.to_pylist()] == [*good_rows(400), (5, 5, 5, "pv", NOON)]
+    assert behaviors["behavior"].combine_chunks().dictionary.to_pylist() == ["buy", "pv"]
+    quarantine = table(storage, f"quarantine/dt={DAY}/part-00000.parquet")
+    assert quarantine.schema.equals(QUARANTINE)
+    assert [(r["file"], r["row"], r["reason"], r["item_id"]) for r in quarantine.to_pylist()] == [
+        (f"raw/dt={DAY}/export.parquet", 401, "user_id_missing", "1"),
+        (f"raw/dt={DAY}/export.parquet", 402, "item_id_not_positive", "-4"),
+        (f"raw/dt={DAY}/export.parquet", 404, "duplicate", "5"),
+    ]
+    assert gx_rejected(storage, f"quarantine/dt={DAY}") == 3
+    manifest = read_manifest(storage, f"behaviors/dt={DAY}")
+    assert manifest.counts == {"rows": 401, "raw_rows": 404, "rejected": 3, "without_category": 134, "users": 7}
+    assert manifest.parts[0].rows == 401
+    assert list(manifest.inputs) == [f"raw/dt={DAY}"]
+
+
+def test_the_page_is_complete_in_itself_and_shows_the_reasons(tmp_path):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, [*good_rows(400), (0, 1, 1, "pv", NOON)])
+    validate_day(storage, DAY, config(behaviors=("pv", "buy")))
+    page = storage.get(f"quarantine/dt={DAY}/index.html").decode()
+    assert "user_id_not_positive</td><td>1<" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+
+
+def test_ids_survive_exactly_beyond_what_a_float_holds(tmp_path):
+    storage = FolderStorage(tmp_path)
+    ids = [2**53 + 1, 2**63 - 1, 2**62 + 3]
+    put_rows(storage, [(i, i, i, "pv", NOON) for i in ids])
+    validate_day(storage, DAY, config())
+    found = table(storage, f"behaviors/dt={DAY}/part-00000.parquet")
+    for name in ("user_id", "item_id", "category_id"):
+        assert found[name].to_pylist() == ids
+
+
+def test_a_second_run_is_a_no_op_and_another_store_gets_the_same_bytes(tmp_path, monkeypatch):
+    stores = [FolderStorage(tmp_path / name) for name in "ab"]
+    for storage in stores:
+        put_rows(storage, [*good_rows(300), (1, 1, 1, "pv", None)])
+        validate_day(storage, DAY, config())
+    assert content(stores[0]) == content(stores[1])
+    monkeypatch.setattr(daily, "_judge_rows", lambda *_: pytest.fail("the day was judged again"))
+    again = validate_day(stores[0], DAY, config())
+    assert again.unchanged
+    assert (again.rows, again.rejected, again.reasons) == (301, 1, {"timestamp_missing": 1})
+
+
+def test_another_process_gets_the_same_bytes(tmp_path):
+    storage = FolderStorage(tmp_path / "a")
+    put_rows(storage, [*good_rows(300), (1, 1, 1, "pv", None)])
+    put_rows(FolderStorage(tmp_path / "b"), [*good_rows(300), (1, 1, 1, "pv", None)])
+    validate_day(storage, DAY, config())
+    code = (
+        "import sys; from pathlib import Path; from datetime import date; from encode.config import Config\n"
+        "from encode.data.validation import validate_day; from encode.storage import FolderStorage\n"
+        "validate_day(FolderStorage(Path(sys.argv[1])), date.fromisoformat(sys.argv[2]), Config(name='test'))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "b"), str(DAY)], capture_output=True, text=True, check=False
+    )
+    # Nothing that Great Expectations has to say reaches the terminal.
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+    assert content(FolderStorage(tmp_path / "b")) == content(storage)
+
+
+def test_a_refused_day_keeps_its_quarantine_and_publishes_nothing(tmp_path):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, good_rows(90) + [(i, i, 1, "pv", NOON * 1000) for i in range(1, 11)])
+    with pytest.raises(QualityError, match=r"10 of 100 rows rejected \(10.00%; timestamp_looks_like_ms 10\)") as error:
+        validate_day(storage, DAY, config())
+    assert "expected at most 1.00%" in str(error.value)
+    assert "times look like ms, source.time_unit is s" in str(error.value)
+    assert storage.list("behaviors/") == []
+    prefix = storage.list(f"quarantine/dt={DAY}/")[0].rpartition("/")[0]
+    assert prefix in str(error.value)
+    assert reasons_in(storage, prefix) == {"timestamp_looks_like_ms": 10}
+    assert gx_rejected(storage, prefix) == 10
+    assert any("mixed time units" in line for line in read_manifest(storage, prefix).details["warnings"])
+    # A later try with other settings is not in its way.
+    report = validate_day(storage, DAY, config(max_rejected_share=0.2))
+    assert report.accepted == 90
+    assert reasons_in(storage, f"quarantine/dt={DAY}") == {"timestamp_looks_like_ms": 10}
+
+
+@pytest.mark.parametrize(
+    ("rows", "rules", "words"),
+    [
+        (good_rows(5), {"min_rows": 6}, "found 5, expected min_value 6"),
+        (good_rows(5), {"min_users": 6}, r"\(user_id\): found 5, expected min_value 6"),
+        ([(0, 1, 1, "pv", NOON)] * 3, {"max_rejected_share": 1.0}, "found 0, expected min_value 1"),
+        ([(1, 1, 1, "view", NOON)], {"behaviors": ("pv",)}, "behavior_unknown 1"),
+    ],
+)
+def test_a_day_that_misses_an_expectation_is_refused(tmp_path, rows, rules, words):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, rows)
+    with pytest.raises(QualityError, match=words):
+        validate_day(storage, DAY, config(**rules))
+    assert storage.list("behaviors/") == []
+
+
+def test_exactly_the_allowed_share_is_allowed(tmp_path):
+    for share, bad in ((0.07, 7), (0.35, 35), (0.01, 1)):
+        storage = FolderStorage(tmp_path / str(bad))
+        put_rows(storage, good_rows(100 - bad) + [(0, 1, 1, "pv", NOON)] * bad)
+        assert validate_day(storage, DAY, config(max_rejected_share=share)).rejected == bad
+        with pytest.raises(DataError, match="validated before"):
+            validate_day(storage, DAY, config(max_rejected_share=share / 2))
+
+
+def test_an_empty_day_is_refused_unless_it_may_be_empty(tmp_path):
+    storage = FolderStorage(tmp_path)
+    columns = {name: pa.array([], pa.int64()) for name in ("user_id", "item_id", "timestamp")}
+    storage.put(f"raw/dt={DAY}/a.parquet", parquet_bytes(pa.table(columns)))
+    with pytest.raises(QualityError, match="found 0, expected min_value 1"):
+        validate_day(storage, DAY, config())
+    assert validate_day(storage, DAY, config(min_rows=0, min_users=0)).rows == 0
+    assert table(storage, f"behaviors/dt={DAY}/part-00000.parquet").schema.equals(BEHAVIORS)
+
+
+def test_restated_raw_data_and_changed_settings_are_named(tmp_path):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, good_rows(10))
+    validate_day(storage, DAY, config())
+    with pytest.raises(DataError, match=r"validation.reject_duplicates changed since; .*remove behaviors/dt="):
+        validate_day(storage, DAY, config(reject_duplicates=False))
+    put_rows(storage, good_rows(11))
+    with pytest.raises(DataError, match=rf"behaviors/dt={DAY}: validated before, but the raw data changed since"):
+        validate_day(storage, DAY, config())
+    for kind in ("behaviors", "quarantine"):
+        for key in storage.list(f"{kind}/"):
+            (tmp_path / key).unlink()
+    assert validate_day(storage, DAY, config()).rows == 11
+
+
+def test_another_version_of_the_package_does_not_make_a_day_stale(tmp_path, monkeypatch):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, good_rows(10))
+    validate_day(storage, DAY, config())
+    monkeypatch.setattr("encode.storage.__version__", "99.0")
+    assert validate_day(storage, DAY, config()).unchanged
+
+
+def test_owners_may_land_files_in_the_format_of_the_preset(tmp_path):
+    storage = FolderStorage(tmp_path)
+    storage.put(f"raw/dt={DAY}/b.csv", f"1,11,5,pv,{NOON}\r\nhalf,a,row\r\n".encode())
+    storage.put(f"raw/dt={DAY}/hour=01/a.csv", b"\xef\xbb\xbf" + f"2,11,5,pv,{NOON}\n".encode())
+    storage.put(f"raw/dt={DAY}/_SUCCESS", b"")
+    put_rows(storage, [(3, 1, 1, "buy", NOON)], name="c.parquet")
+    validate_day(storage, DAY, config("taobao", max_rejected_share=0.5))
+    found = table(storage, f"behaviors/dt={DAY}/part-00000.parquet")
+    assert found["user_id"].to_pylist() == [1, 3, 2]
+    (lost,) = table(storage, f"quarantine/dt={DAY}/part-00000.parquet").to_pylist()
+    assert (lost["file"], lost["row"], lost["reason"]) == (f"raw/dt={DAY}/b.csv", 2, "malformed_row")
+    assert lost["user_id"] == "half,a,row"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.csv", b"", "a.csv: empty file"),
+        ("a.parquet", b"PAR1 cut off", "a.parquet: not a readable Parquet file"),
+        ("part-00000.landed.parquet", b"x", "a landing was stopped half-way"),
+    ],
+)
+def test_broken_raw_files_are_named(tmp_path, name, data, words):
+    storage = FolderStorage(tmp_path)
+    storage.put(f"raw/dt={DAY}/{name}", data)
+    with pytest.raises(DataError, match=words):
+        validate_day(storage, DAY, config("taobao"))
+    assert storage.list("behaviors/") == storage.list("quarantine/") == []
+
+
+def test_no_raw_data_is_an_error(tmp_path):
+    storage = FolderStorage(tmp_path)
+    with pytest.raises(DataError, match="no raw data for this day; land the log first"):
+        validate_day(storage, DAY, config())
+    with pytest.raises(DataError, match=f"no raw data for any day of {DAY}"):
+        validate_window(storage, Window(DAY, DAY + timedelta(days=3)), config())
+
+
+def test_files_beside_a_landed_day_are_not_ignored(tmp_path):
+    storage = FolderStorage(tmp_path)
+    source = {"generator": GeneratorConfig(num_users=5, num_days=2)}
+    settings_ = config("generated", source)
+    first = land(storage, settings_.source).days[0]
+    put_rows(storage, good_rows(3), day=first, name="late.parquet")
+    with pytest.raises(DataError, match=r"found 1 files beside those of its manifest \(first: late.parquet\)"):
+        validate_day(storage, first, settings_)
+
+
+def test_counts_that_do_not_reconcile_publish_nothing(tmp_path, monkeypatch):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, good_rows(10))
+    real = daily.judge_day
+    wrong = lambda *args: daily.Judgment(**{**vars(real(*args)), "rejected": 1})  # noqa: E731
+    monkeypatch.setattr(daily, "judge_day", wrong)
+    with pytest.raises(EncodeError, match="Great Expectations counted 1 rejected rows, the masks 0"):
+        validate_day(storage, DAY, config())
+    assert storage.list("behaviors/") == []
+
+
+# --- windows -----------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_landed_validated_and_then_left_alone(tmp_path):
+    storage = FolderStorage(tmp_path)
+    settings_ = config("generated", {"generator": GeneratorConfig(num_users=20, median_length=60, num_days=4)})
+    landed = land(storage, settings_.source)
+    window = Window(landed.days[0] - timedelta(days=1), landed.days[-1] + timedelta(days=2))
+    said = []
+    summary = validate_window(storage, window, settings_, say=said.append)
+    assert summary["missing_days"] == [str(window.start), str(window.end - timedelta(days=1))]
+    assert (summary["validated"], summary["unchanged"]) == (4, 0)
+    assert summary["rows"] == summary["accepted"] == landed.landed
+    assert said[0] == "4 days to validate, 0 validated before"
+    assert "validated 4/4 days" in said[-1]
+    again = validate_window(storage, window, settings_)
+    assert again == summary | {"validated": 0, "unchanged": 4}
+    histories, _ = read_histories(storage, window.end)
+    assert (len(histories), len(histories.item_ids)) == (20, landed.landed)
+
+
+def test_refused_days_do_not_keep_the_others_back_until_there_are_too_many(tmp_path):
+    storage = FolderStorage(tmp_path)
+    days = [DAY + timedelta(days=i) for i in range(6)]
+    for day in days:
+        put_rows(storage, good_rows(10, day), day)
+    put_rows(storage, [(0, 1, 1, "pv", NOON)], days[1])
+    with pytest.raises(QualityError, match=rf"1 of 6 days refused: day {days[1]} refused"):
+        validate_window(storage, Window(days[0], days[-1] + timedelta(days=1)), config())
+    published = [day for day in days if read_manifest(storage, f"behaviors/dt={day}")]
+    assert published == [days[0], *days[2:]]
+    other = FolderStorage(tmp_path / "other")
+    for day in days:
+        put_rows(other, [(0, 1, 1, "pv", NOON)], day)
+    with pytest.raises(QualityError, match="3 of 6 days refused, the rest was not tried"):
+        validate_window(other, Window(days[0], days[-1] + timedelta(days=1)), config())
+    refused = {key.split("/")[1] for key in other.list("quarantine/")}
+    assert len(refused) == MAX_REFUSED_DAYS
+
+
+def test_a_real_sample_goes_all_the_way(tmp_path):
+    storage = FolderStorage(tmp_path)
+    settings_ = config(source={"path": SAMPLE}, behaviors=("buy",))
+    landed = land(storage, settings_.source)
+    assert (landed.landed, len(landed.days), landed.days[0]) == (61_461, 119, date(2017, 9, 3))
+    window = Window(landed.days[0], landed.days[0] + timedelta(days=14))
+    summary = validate_window(storage, window, settings_)
+    sample = pq.read_table(SAMPLE)
+    inside = sample.filter(pc.less(sample["timestamp"], day_start(window.end)))
+    assert summary["rows"] == inside.num_rows
+    assert summary["accepted"] + summary["rejected"] == inside.num_rows
+    histories, inputs = read_histories(storage, window.end)
+    assert len(inputs) == 14
+    assert set(histories.user_ids) == set(inside["user_id"].to_pylist())
+
+
+values = st.one_of(st.none(), st.integers(-1, 4), st.sampled_from([NOON, NOON + 1, NOON * 1000]))
+frames = st.lists(st.tuples(values, values, values, st.sampled_from(["pv", "", None]), values), min_size=1, max_size=30)
+
+
+@given(frames)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counts_reconcile_whatever_comes(tmp_path_factory, rows):
+    storage = FolderStorage(tmp_path_factory.mktemp("store"))
+    put_rows(storage, rows)
+    report = validate_day(storage, DAY, config(max_rejected_share=1.0, min_rows=0, min_users=0))
+    assert report.rows == len(rows) == report.accepted + report.rejected
+    assert sum(reasons_in(storage, f"quarantine/dt={DAY}").values()) == report.rejected
+    assert gx_rejected(storage, f"quarantine/dt={DAY}") == report.rejected
+    assert table(storage, f"behaviors/dt={DAY}/part-00000.parquet").num_rows == report.accepted

@@ -1,0 +1,135 @@
+"""The triplet loss by hand, and that training on it alone keeps distances better than chance does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from encode.model.reduction import draw_triplets, dynamic_triplet_loss, random_projection
+
+
+def at_angles(*degrees: float) -> torch.Tensor:
+    """Vectors in the plane, of different lengths, which must not matter."""
+    return torch.stack(
+        [
+            (1 + place) * torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+            for place, angle in enumerate(degrees)
+        ]
+    )[None]
+
+
+def test_dynamic_margin_by_hand():
+    """Original: D(a,p) = 1 - cos 60 = 0.5, D(a,n) = 1 - cos 90 = 1, so alpha = 0.5 lambda.
+
+    Projected: D(a,p) = 1 - cos 90 = 1, D(a,n) = 1 - cos 60 = 0.5. L = 1 - 0.5 + 0.5 lambda.
+    """
+    original, projected = at_angles(0, 60, 90), at_angles(0, 90, 60)
+    assert dynamic_triplet_loss(original, projected, 0.5, "dynamic").item() == pytest.approx(0.75)
+    assert dynamic_triplet_loss(original, projected, 1.0, "dynamic").item() == pytest.approx(1.0)
+    assert dynamic_triplet_loss(original, projected, 0.3, "fixed").item() == pytest.approx(0.8)
+
+
+def test_the_positive_is_the_one_closer_in_the_original_space():
+    original, projected = at_angles(0, 60, 90), at_angles(0, 90, 60)
+    swapped = [0, 2, 1]
+    loss = dynamic_triplet_loss(original[:, swapped], projected[:, swapped], 0.5, "dynamic")
+    assert loss.item() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("margin_weight", [0.0, 0.5, 1.0])
+def test_zero_where_distances_agree(margin_weight):
+    """The projection keeps every distance: D_h(a,p) - D_h(a,n) = -gap, and alpha = lambda gap <= gap."""
+    original = at_angles(0, 20, 110)
+    assert dynamic_triplet_loss(original, 3 * original, margin_weight, "dynamic").item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_dynamic_margin_asks_for_a_share_of_the_gap():
+    """Original gap cos 0 - cos 90 = 1; the projection keeps 0.5 of it: loss 0 up to lambda 0.5, then lambda - 0.5."""
+    original, projected = at_angles(0, 0, 90), at_angles(0, 0, 60)
+    assert dynamic_triplet_loss(original, projected, 0.5, "dynamic").item() == pytest.approx(0, abs=1e-6)
+    assert dynamic_triplet_loss(original, projected, 0.9, "dynamic").item() == pytest.approx(0.4)
+
+
+def test_equal_others_add_no_loss_but_count_in_the_mean():
+    """A history often holds an item twice: then neither other is the positive."""
+    original = torch.cat([at_angles(0, 60, 60)[:, [0, 1, 1]], at_angles(0, 60, 90)])
+    projected = torch.cat([at_angles(0, 0, 90), at_angles(0, 90, 60)])
+    assert dynamic_triplet_loss(original, projected, 0.5, "dynamic").item() == pytest.approx(0.75 / 2)
+    assert dynamic_triplet_loss(original, projected, 0.5, "fixed").item() == pytest.approx(1.0 / 2)
+
+
+def test_only_the_projection_is_taught():
+    original = at_angles(0, 60, 90).requires_grad_()
+    projection = torch.tensor([[0.0, 1.0], [1.0, 0.5]], requires_grad=True)
+    dynamic_triplet_loss(original, original.detach() @ projection, 1.0, "fixed").backward()
+    assert original.grad is None
+    assert projection.grad.norm() > 0
+    kept = at_angles(0, 90, 60).requires_grad_()
+    dynamic_triplet_loss(original, kept, 1.0, "dynamic").backward()
+    assert original.grad is None
+    assert kept.grad.norm() > 0
+
+
+def test_no_triplets_is_a_loss_of_zero_that_can_be_minimized():
+    projected = torch.zeros(0, 3, 2, requires_grad=True)
+    loss = dynamic_triplet_loss(torch.zeros(0, 3, 4), projected, 0.5, "dynamic")
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_a_random_projection_keeps_the_expected_squared_norm():
+    """The mean over 400 projections of a unit vector: 1, standard error sqrt(2 / 8) / 20 = 0.025."""
+    generator = torch.Generator().manual_seed(0)
+    unit = F.normalize(torch.randn(32, generator=generator), dim=0)
+    norms = [(unit @ random_projection(32, 8, generator)).square().sum().item() for _ in range(400)]
+    assert np.mean(norms) == pytest.approx(1, abs=0.1)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 50), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_triplets_stay_inside_one_history(lengths, num_triplets, seed):
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    found = draw_triplets(offsets, num_triplets, torch.Generator().manual_seed(seed))
+    if max(lengths) < 3:
+        assert found.shape == (0, 3)
+        return
+    assert found.shape == (num_triplets, 3)
+    user = torch.searchsorted(offsets, found, right=True) - 1
+    assert (user == user[:, :1]).all()
+    assert all(lengths[u] >= 3 for u in user[:, 0].tolist())
+
+
+def test_triplets_reach_every_behavior():
+    found = draw_triplets(torch.tensor([0, 2, 7, 10]), 2000, torch.Generator().manual_seed(0))
+    assert found.unique().tolist() == list(range(2, 10))
+
+
+def test_training_on_the_loss_alone_keeps_the_order_of_distances_better():
+    """Behaviors whose variance lies in few of 24 dimensions, which a random projection to 4 cannot know."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(400, 24, generator=generator) * torch.tensor([3.0] * 4 + [0.7] * 20)
+    offsets = torch.arange(0, 401, 50)
+    projection = random_projection(24, 4, generator).requires_grad_()
+    held_out = draw_triplets(offsets, 4000, generator)
+
+    def agreement() -> float:
+        e, h = embedding[held_out], (embedding @ projection.detach())[held_out]
+        gaps = [(F.cosine_similarity(x[:, 0], x[:, 1]) - F.cosine_similarity(x[:, 0], x[:, 2])).sign() for x in (e, h)]
+        return (gaps[0] == gaps[1]).float().mean().item()
+
+    start = agreement()
+    optimizer = torch.optim.Adam([projection], lr=0.02)
+    for _ in range(200):
+        triplets = draw_triplets(offsets, 256, generator)
+        loss = dynamic_triplet_loss(embedding[triplets], embedding[triplets] @ projection, 0.5, "dynamic")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert start < 0.85
+    assert agreement() > start + 0.05

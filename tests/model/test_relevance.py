@@ -1,0 +1,245 @@
+"""The facts that make attention over interests stand for attention over the whole history."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from encode.config import ClusteringConfig
+from encode.interests.kmeans import cluster
+from encode.model.relevance import Interests, attend, pool_interests, relevance
+
+D, P = 6, 4
+seeds = st.integers(0, 2**32 - 1)
+
+
+def unit(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def full_attention(query, keys, values, scale):
+    """softmax over every behavior, as in the definition."""
+    return F.softmax(scale * query @ keys.T, 1) @ values
+
+
+def over_interests(query, interests: Interests, scale, size_prior=1.0):
+    """Attention of each query over the interests of the only user."""
+    size = interests.size[0].expand(len(query), -1)
+    slots = torch.arange(size.shape[1]).expand(len(query), -1)
+    prior = size_prior * size.clamp(min=1).log()
+    return attend(query, interests.center[0], interests.value[0], slots, prior, size > 0, torch.tensor(scale, dtype=query.dtype))
+
+
+def test_relevance_is_the_scaled_cosine():
+    found = relevance(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.8, 0.6], [0.0, 1.0]]), torch.tensor(5.0))
+    assert found.tolist() == pytest.approx([5 * 0.96, 0])
+
+
+@given(seeds, st.lists(st.integers(1, 200), min_size=1, max_size=12), st.floats(0.1, 20))
+@settings(deadline=None, max_examples=60)
+def test_size_prior_is_exact_when_the_keys_of_a_cluster_coincide(seed, sizes, scale):
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    keys, values = unit(generator, len(sizes), P)[label], torch.randn(len(label), D, generator=generator)
+    query = unit(generator, 7, P)
+    for by_relevance in (True, False):
+        interests = pool_interests(values, keys, label, 1, len(sizes), torch.tensor(scale), by_relevance)
+        expected = full_attention(query, keys, values, scale)
+        torch.testing.assert_close(over_interests(query, interests, scale).value, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_size_prior_it_is_not_exact():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.tensor([0] * 99 + [1])
+    keys, values = unit(generator, 2, P)[label], torch.randn(100, D, generator=generator)
+    query = unit(generator, 7, P)
+    interests = pool_interests(values, keys, label, 1, 2, torch.tensor(2.0), True)
+    off = over_interests(query, interests, 2.0, size_prior=0).value - full_attention(query, keys, values, 2.0)
+    assert off.abs().max() > 0.1
+
+
+@given(
+    seeds,
+    st.integers(1, 3000),
+    st.integers(1, 16),
+    st.floats(0.001, 0.5),
+    st.floats(0.5, 12),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_error_is_bounded_by_the_radius_of_the_clusters_whatever_the_length(
+    seed, length, num_clusters, spread, scale
+):
+    """|v - v'| <= (e^(2 delta) - 1) max |v_i| with delta = scale * eps, eps the largest distance to a center.
+
+    The bound needs values pooled by the mean: then v' = sum_i q_i v_i with q_i proportional to exp(rho(h_t, c_k(i))),
+    the true weights with each logit moved by at most delta, so q_i / p_i lies within e^(+-2 delta). Pooling by
+    relevance tilts the weights inside a cluster, too. On unit vectors rho(c, h) = scale (1 - |c - h|^2 / 2), so it
+    tilts them by at most e^(+-scale eps^2 / 2), and the bound becomes e^(2 delta + scale eps^2 / 2) - 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(num_clusters, (length,), generator=generator)
+    noise = spread * torch.randn(length, P, generator=generator)
+    keys = F.normalize(unit(generator, num_clusters, P)[label] + noise, dim=1)
+    values = torch.randn(length, D, generator=generator)
+    query = unit(generator, 5, P)
+    # Doubles: what is left of the bound at small radii must not drown in rounding.
+    keys, values, query = keys.double(), values.double(), query.double()
+    keys, query = F.normalize(keys, dim=1), F.normalize(query, dim=1)
+    exact = full_attention(query, keys, values, scale)
+    for by_relevance in (False, True):
+        interests = pool_interests(
+            values, keys, label, 1, num_clusters, torch.tensor(scale, dtype=torch.double), by_relevance
+        )
+        center = interests.center[0][label]
+        eps = (keys - center).norm(dim=1).max().item()
+        moved = scale * (query @ keys.T - query @ center.T).abs().max().item()
+        assert moved <= scale * eps + 1e-9
+        tilt = scale * eps**2 / 2 if by_relevance else 0.0
+        bound = math.expm1(min(2 * scale * eps + tilt, 700)) * values.norm(dim=1).max().item()
+        error = (over_interests(query, interests, scale).value - exact).norm(dim=1).max().item()
+        assert error <= bound + 1e-9
+
+
+@pytest.mark.parametrize("length", [100, 100_000])
+def test_the_error_does_not_grow_with_the_length(length):
+    """At a radius of 0.03 and scale 4 the error stays under e^0.24 - 1 = 27 % of the largest value."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(8, (length,), generator=generator)
+    shift = 0.029 * unit(generator, length, P)
+    keys = F.normalize(unit(generator, 8, P)[label] + shift, dim=1)
+    values = torch.randn(length, D, generator=generator)
+    query = unit(generator, 16, P)
+    interests = pool_interests(values, keys, label, 1, 8, torch.tensor(4.0), False)
+    error = over_interests(query, interests, 4.0).value - full_attention(query, keys, values, 4.0)
+    assert (keys - interests.center[0][label]).norm(dim=1).max() < 0.06
+    assert error.norm(dim=1).max() <= 0.28 * values.norm(dim=1).max()
+
+
+@given(seeds, st.integers(1, 300), st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_as_many_clusters_as_distinct_keys_is_full_attention(seed, length, distinct):
+    generator = torch.Generator().manual_seed(seed)
+    keys = unit(generator, distinct, P)[torch.randint(distinct, (length,), generator=generator)]
+    values, query = torch.randn(length, D, generator=generator), unit(generator, 5, P)
+    labels = cluster(keys.numpy(), np.array([0, length]), np.array([seed]), ClusteringConfig(num_clusters=12))
+    segment = torch.from_numpy(labels.astype(np.int64))
+    interests = pool_interests(values, keys, segment, 1, 12, torch.tensor(8.0), True)
+    expected = full_attention(query, keys, values, 8.0)
+    torch.testing.assert_close(over_interests(query, interests, 8.0).value, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- attend ------------------------------------------------------------------------------------------------
+
+
+def test_attend_by_hand():
+    """Two slots with rho = 2 ln 2 and 0, priors ln 1 and ln 4: weights 4 : 4, affinity ln(8 / 5)."""
+    keys, values = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[10.0], [20.0]])
+    prior = torch.tensor([[0.0, math.log(4)]])
+    mask, scale = torch.ones(1, 2, dtype=torch.bool), torch.tensor(2 * math.log(2))
+    found = attend(torch.tensor([[1.0, 0.0]]), keys, values, torch.tensor([[0, 1]]), prior, mask, scale)
+    assert found.weights.tolist()[0] == pytest.approx([0.5, 0.5])
+    assert found.value.item() == pytest.approx(15)
+    assert found.affinity.item() == pytest.approx(math.log(8 / 5))
+
+
+@given(seeds, st.integers(1, 8), st.integers(0, 6))
+@settings(deadline=None, max_examples=40)
+def test_padding_slots_change_nothing(seed, real, padding):
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = unit(generator, 9, P), torch.randn(9, D, generator=generator)
+    query, slots = unit(generator, 3, P), torch.randint(1, 9, (3, real), generator=generator)
+    prior, scale = torch.randn(3, real, generator=generator), torch.tensor(5.0)
+    alone = attend(query, keys, values, slots, prior, torch.ones_like(slots, dtype=torch.bool), scale)
+    keys[0], values[0] = 1e3, 1e6  # what masked slots point at
+    padded = attend(
+        query,
+        keys,
+        values,
+        F.pad(slots, (0, padding)),
+        F.pad(prior, (0, padding), value=50.0),
+        F.pad(torch.ones_like(slots, dtype=torch.bool), (0, padding)),
+        scale,
+    )
+    torch.testing.assert_close(padded.value, alone.value, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(padded.affinity, alone.affinity, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(padded.weights[:, :real], alone.weights, atol=1e-6, rtol=1e-6)
+    assert (padded.weights[:, real:] == 0).all()
+
+
+def test_all_masked_gives_zeros_and_finite_gradients():
+    generator = torch.Generator().manual_seed(0)
+    leaves = [unit(generator, 2, P), unit(generator, 3, P), torch.randn(3, D, generator=generator), torch.tensor(8.0)]
+    query, keys, values, scale = (leaf.requires_grad_() for leaf in leaves)
+    mask = torch.tensor([[False, False], [True, False]])
+    found = attend(query, keys, values, torch.tensor([[0, 1], [2, 0]]), torch.zeros(2, 2), mask, scale)
+    assert found.value[0].tolist() == [0] * D
+    assert found.affinity[0] == 0
+    assert found.weights.tolist() == [[0, 0], [1, 0]]
+    (found.value.sum() + found.affinity.sum()).backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+    assert query.grad[0].tolist() == [0] * P
+    assert (values.grad[:2] == 0).all()
+    assert (values.grad[2] == 1).all()
+
+
+# --- pooling -----------------------------------------------------------------------------------------------
+
+
+def slow_pool(embedding, key, segment, num_users, num_clusters, scale, by_relevance):
+    center, value = torch.zeros(num_users * num_clusters, P), torch.zeros(num_users * num_clusters, D)
+    size = torch.zeros(num_users * num_clusters)
+    for slot in segment.unique().tolist():
+        rows = torch.nonzero(segment == slot).squeeze(1)
+        total = key[rows].sum(0)
+        center[slot] = total / total.norm()
+        weight = F.softmax(scale * (key[rows] @ center[slot]) * by_relevance, 0)
+        value[slot] = (weight[:, None] * embedding[rows]).sum(0)
+        size[slot] = len(rows)
+    return center, value, size
+
+
+@given(seeds, st.integers(0, 60), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.floats(0.1, 50))
+@settings(deadline=None, max_examples=60)
+def test_pooling_is_the_plain_loop(seed, length, num_users, num_clusters, by_relevance, scale):
+    generator = torch.Generator().manual_seed(seed)
+    embedding, key = torch.randn(length, D, generator=generator), unit(generator, length, P)
+    segment = torch.randint(num_users * num_clusters, (length,), generator=generator)
+    shape = num_users, num_clusters
+    found = pool_interests(embedding, key, segment, *shape, torch.tensor(scale), by_relevance)
+    center, value, size = slow_pool(embedding, key, segment, *shape, scale, by_relevance)
+    # A sum of opposite keys has no direction to speak of: compare where it has one.
+    sums = torch.zeros(num_users * num_clusters, P).index_add(0, segment, key).norm(dim=1)
+    clear = (sums > 1e-2) | (size == 0)
+    torch.testing.assert_close(found.center.flatten(0, 1)[clear], center[clear], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.value.flatten(0, 1)[clear], value[clear], atol=1e-3, rtol=1e-3)
+    assert found.size.flatten().tolist() == size.tolist()
+
+
+def test_gradients_reach_embeddings_keys_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    embedding, key = torch.randn(6, D, generator=generator), torch.randn(6, P, generator=generator)
+    scale = torch.tensor(3.0)
+    for leaf in (embedding, key, scale):
+        leaf.requires_grad_()
+    segment = torch.tensor([0, 0, 0, 2, 2, 3])
+    interests = pool_interests(embedding, F.normalize(key, dim=1), segment, 2, 2, scale, True)
+    interests.value.square().sum().backward()
+    assert (embedding.grad.norm(dim=1) > 0).all()
+    assert (key.grad[:5].norm(dim=1) > 0).all()
+    assert scale.grad != 0
+
+
+def test_the_mean_is_the_limit_of_scale_zero():
+    generator = torch.Generator().manual_seed(0)
+    embedding, key = torch.randn(6, D, generator=generator), unit(generator, 6, P)
+    segment = torch.tensor([0, 1, 0, 1, 0, 0])
+    mean = pool_interests(embedding, key, segment, 1, 2, torch.tensor(8.0), False).value[0]
+    flat = pool_interests(embedding, key, segment, 1, 2, torch.tensor(0.0), True).value[0]
+    torch.testing.assert_close(mean, flat)
+    torch.testing.assert_close(mean[1], (embedding[1] + embedding[3]) / 2)
