@@ -132,6 +132,8 @@ class TrainingConfig(Section):
     negative_sampling: Literal["popularity", "uniform"] = "popularity"
     min_item_count: Positive = 5
     """Rarer items share one embedding per category."""
+    unknown_share: Share = 0.01
+    """Share of the training targets that are made unknown, to learn what a new item is worth."""
     max_positives: Positive = 150_000
     """Positives of the training split that are used at most, drawn at random."""
     max_eval_positives: Positive = 40_000

@@ -112,11 +112,12 @@ def check_key(key: str) -> str:
     """Return `key` if every S3 server and every file system keeps it as it is.
 
     Raises:
-        ConfigError: a part is empty, `.`, `..`, too long, or holds another character than A-Z a-z 0-9 . _ = -
+        ConfigError: a part is empty, begins with a dot, is too long, or holds another character than
+            A-Z a-z 0-9 . _ = -
     """
     for part in key.split("/"):
-        if not _KEY_PART.fullmatch(part) or part in (".", ".."):
-            raise ConfigError(f"key {key!r}: part {part!r} is not 1 to 255 of A-Z a-z 0-9 . _ = -")
+        if not _KEY_PART.fullmatch(part) or part.startswith("."):
+            raise ConfigError(f"key {key!r}: part {part!r} is not 1 to 255 of A-Z a-z 0-9 . _ = -, not starting with .")
     return key
 
 

@@ -183,7 +183,9 @@ def _run_epoch(
     reader.train()
     totals = np.zeros(3)
     said = time.monotonic()
-    for batch in batches(replay, labels, config.clustering.num_clusters, config.training.histories_per_batch, rng):
+    training = config.training
+    num_clusters = config.clustering.num_clusters
+    for batch in batches(replay, labels, num_clusters, training.histories_per_batch, rng, training.unknown_share):
         reading = read_batch(tables.items(batch.items), reader, batch, config.model.pooling)
         loss = F.binary_cross_entropy_with_logits(reading.logit, batch.label)
         triplet = _triplet_loss(tables, batch, config.model, generator)

@@ -186,7 +186,7 @@ def _refusal(report: DayReport, judgment: Judgment, config: Config) -> str | Non
     """Return why the day is refused, or None."""
     problems = []
     limit = config.validation.max_rejected_share
-    if report.rejected > limit * report.rows:
+    if report.rows and report.rejected / report.rows > limit:
         named = ", ".join(f"{reason} {count}" for reason, count in sorted(report.reasons.items(), key=lambda r: -r[1]))
         problems.append(
             f"{report.rejected:,} of {report.rows:,} rows rejected ({report.rejected / report.rows:.2%}; {named}), "

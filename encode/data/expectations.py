@@ -27,7 +27,6 @@ from encode.data.verdicts import REASONS, Verdict, count_reasons
 from encode.errors import EncodeError
 from encode.schema import SECONDS_PER_DAY, day_start
 
-_RANDOM_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _FROM_ELSEWHERE = re.compile(
     r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\([^)]*\)[^;]*;", re.DOTALL
 )
@@ -183,9 +182,6 @@ def _to_json(day: date, result: Any) -> bytes:
     """Return the result without what differs from run to run."""
     values = result.to_json_dict()
     values["meta"] = {"great_expectations_version": values["meta"]["great_expectations_version"], "day": str(day)}
-    values.pop("id", None)
-    for one in values["results"]:
-        one["expectation_config"].pop("id", None)
     values["results"].sort(key=lambda one: json.dumps(one["expectation_config"], sort_keys=True))
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
@@ -202,6 +198,4 @@ def _render(day: date, result: Any, reasons: dict[str, int]) -> bytes:
     table = f"<h4>{day}: rows in quarantine</h4><table>{rows or '<tr><td>none</td></tr>'}</table>"
     html = _FROM_ELSEWHERE.sub("", html).replace("</head>", _STYLE + "</head>", 1)
     html = html.replace("<body>", "<body>" + table, 1)
-    seen: dict[str, str] = {}
-    html = _RANDOM_ID.sub(lambda found: seen.setdefault(found[0], f"id-{len(seen) + 1}"), html)
     return re.sub(r"\s*\n\s*", "\n", html).encode()

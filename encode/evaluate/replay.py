@@ -27,7 +27,7 @@ from encode.data.vocabulary import Vocabulary
 from encode.interests.kmeans import cluster
 from encode.model.ctr import Items, Reader, Reading
 from encode.model.relevance import pool_interests
-from encode.schema import PADDING, SECONDS_PER_DAY, Window, day_start
+from encode.schema import PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_start
 
 Ints = npt.NDArray[np.int64]
 _HISTORIES_PER_BATCH = 64
@@ -134,8 +134,13 @@ def batches(
     num_clusters: int,
     histories_per_batch: int,
     rng: np.random.Generator | None = None,
+    unknown_share: float = 0.0,
 ) -> Iterator[Batch]:
-    """Yield batches of whole histories, shuffled if `rng` is given, else in order."""
+    """Yield batches of whole histories, in order.
+
+    For training, `rng` shuffles the histories and makes a share of the targets unknown, so that the model learns what
+    an item outside the vocabulary is worth.
+    """
     vocabulary_size = 1 + max(int(replay.behavior_index.max(initial=0)), int(replay.target_index.max(initial=0)))
     order = np.arange(len(replay.history_begin))
     if rng is not None:
@@ -147,6 +152,8 @@ def batches(
         cluster_of = np.concatenate([labels[history] for history in chosen]).astype(np.int64)
         segment = np.repeat(np.arange(len(chosen)), lengths) * num_clusters + cluster_of
         behavior, target = replay.behavior_index[behavior_rows], replay.target_index[rows]
+        if rng is not None:
+            target = np.where(rng.random(len(target)) < unknown_share, UNKNOWN, target)
         recent = _recent(replay, rows)
         items, row_of = _distinct(vocabulary_size, behavior, target, recent)
         yield Batch(

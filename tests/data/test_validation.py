@@ -184,7 +184,7 @@ def test_a_day_that_misses_an_expectation_is_refused(tmp_path, rows, rules, word
 
 
 def test_exactly_the_allowed_share_is_allowed(tmp_path):
-    for share, bad in ((0.07, 7), (0.35, 35), (0.01, 1)):
+    for share, bad in ((0.18, 18), (0.57, 57), (0.01, 1)):  # 1 - 0.18 > 0.82, 100 * 0.57 < 57
         storage = FolderStorage(tmp_path / str(bad))
         put_rows(storage, good_rows(100 - bad) + [(0, 1, 1, "pv", NOON)] * bad)
         assert validate_day(storage, DAY, config(max_rejected_share=share)).rejected == bad

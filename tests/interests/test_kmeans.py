@@ -85,7 +85,7 @@ def test_it_is_lloyds_algorithm_from_the_same_seeds(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_as_good_as_scikit_learn(seed):
     """The best of ten seedings each. Squared distances of unit vectors to unit centers; theirs are renormalized."""
-    keys, _ = planted(np.random.default_rng(seed), 8, 100, 0.35)
+    keys, _ = planted(np.random.default_rng(seed), 8, 40, 0.35)
     ours = min(inertia(keys, one(keys, stream, num_clusters=8, num_iterations=50)) for stream in range(10))
     theirs = inertia(keys, KMeans(8, n_init=10, random_state=0).fit_predict(keys))
     assert ours <= theirs * 1.01
@@ -253,14 +253,13 @@ def test_several_emptied_clusters_take_different_keys():
 
 def test_histories_in_which_clusters_empty_end_with_all_of_them_used():
     """Of random small histories many empty a cluster in plain Lloyd; ours fills it, to a lower inertia on the whole."""
-    emptied, gained = 0, []
+    gained = []
     for seed in range(200):
         keys = unit(np.random.default_rng(seed).normal(size=(14, 2)))
         centers = unit(np.random.default_rng(seed + 1000).normal(size=(6, 2))).astype(np.float64)
         plain = lloyd(keys, centers, 30)
         if len(np.unique(plain)) == 6:
             continue
-        emptied += 1
         labels, similarity = np.zeros(14, np.uint8), np.zeros(14, np.float32)
         own = centers.astype(np.float32)
         kmeans._assign(keys, own, 6, labels, similarity)
@@ -269,7 +268,7 @@ def test_histories_in_which_clusters_empty_end_with_all_of_them_used():
             kmeans._assign(keys, own, 6, labels, similarity)
         assert len(np.unique(labels)) == 6
         gained.append(inertia(keys, plain) - inertia(keys, labels))
-    assert emptied > 20
+    assert len(gained) > 20
     assert np.mean(gained) > 0.1
 
 
