@@ -12,6 +12,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
+
 from encode_wiring import BEHAVIORS, CANDIDATE, DEFAULTS, INTERESTS, day_param, places, preset_param, window
 
 
@@ -32,7 +33,7 @@ def encode_refresh() -> None:
     """Wire the step."""
 
     @task(outlets=[INTERESTS], doc_md="`encode.steps.refresh` as of the end of the run's days.")
-    def refresh(*, outlet_events=None, **context):  # noqa: ANN001, ANN003, ANN202
+    def refresh(*, outlet_events=None, **context):
         from encode import steps
 
         days = window(context)

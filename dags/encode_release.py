@@ -12,6 +12,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
+
 from encode_wiring import DEFAULTS, INTERESTS, places, preset_param
 
 
@@ -29,7 +30,7 @@ def encode_release() -> None:
     """Wire the step."""
 
     @task(doc_md="`encode.steps.release` for the newest candidate.")
-    def release(**context):  # noqa: ANN003, ANN202
+    def release(**context):
         from encode import steps
 
         return steps.release(steps.load_config(context["params"]["preset"]), places())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
+
 from encode_wiring import CANDIDATE, DEFAULTS, day_param, places, preset_param, schedule, window
 
 
@@ -31,7 +32,7 @@ def encode_train() -> None:
     """Wire the step."""
 
     @task(outlets=[CANDIDATE], doc_md="`encode.steps.train` as of the end of the run's days.")
-    def train(*, outlet_events=None, **context):  # noqa: ANN001, ANN003, ANN202
+    def train(*, outlet_events=None, **context):
         from encode import steps
 
         days = window(context)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
+
 from encode_wiring import BEHAVIORS, DEFAULTS, RAW, day_param, places, preset_param, schedule, window
 
 
@@ -33,7 +34,7 @@ def encode_validate() -> None:
     """Wire the step."""
 
     @task(outlets=[BEHAVIORS], doc_md="`encode.steps.validate` for the days of the run.")
-    def validate(*, outlet_events=None, **context):  # noqa: ANN001, ANN003, ANN202
+    def validate(*, outlet_events=None, **context):
         from encode import steps
 
         days = window(context)

@@ -16,6 +16,7 @@ from airflow.sdk import (
     RetryAction,
     RetryRule,
 )
+
 from encode.config import Places, presets
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from encode import __version__
 
 if TYPE_CHECKING:
     from encode.config import Config, Places
-    from encode.serving.bundle import Bundle
 
 HOME = Path(os.environ.get("ENCODE_HOME", ".encode"))
 
@@ -121,9 +120,10 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
 
 
 def _add_stack(commands: Any, add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
-    quickstart = with_step(add("quickstart", _quickstart, "start the local stack and run everything through Airflow"))
-    for command in (quickstart,):
-        _with_ports(command)
+    quickstart = add("quickstart", _quickstart, "start the local stack and run everything through Airflow")
+    quickstart.add_argument("--preset", default="complete-journey", help="settings (default: %(default)s)")
+    quickstart.add_argument("--json", action="store_true", help="print the summary as one line of JSON")
+    _with_ports(quickstart)
     stack = commands.add_parser("stack", help="start, show, stop the local stack", description="The local stack.")
     actions = stack.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, run, text in (

@@ -79,7 +79,7 @@ def extract(histories: pa.RecordBatch, space: Space) -> pa.RecordBatch:
 
 
 def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
-    """Turn one user's row, as Arrow scalars by column, into what the model reads; None gives a user without interests."""
+    """Turn a user's row, Arrow scalars by column, into what the model reads; None gives a user without interests."""
     num_clusters, length = space.config.clustering.num_clusters, space.config.recent_length
     center = np.zeros((num_clusters, space.key.shape[1]), np.float32)
     value = np.zeros((num_clusters, space.embedding.shape[1]), np.float32)

@@ -9,6 +9,7 @@ Read it top down: how a behavior becomes e and h, what a user is to the model, h
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class Reader(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
         widths = [6 * config.embedding_dim + 3, *config.hidden_dims]
         layers: list[nn.Module] = []
-        for width, next_width in zip(widths[:-1], widths[1:], strict=True):
+        for width, next_width in pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 

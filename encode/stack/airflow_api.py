@@ -20,6 +20,7 @@ TIMEOUT = 60.0
 POLL_INTERVAL = 1.0
 LOG_LINES = 30
 PAGE = 100
+_PRINTED = "task.stdout"
 
 # An import error that the DAG processor has not taken back for so long is not of an older file.
 IMPORT_ERROR_PATIENCE = 20.0
@@ -144,18 +145,33 @@ class AirflowClient:
 
     def task_log(self, dag_id: str, run_id: str, task: Mapping[str, Any], count: int = LOG_LINES) -> str:
         """The last `count` lines that the latest try of a task wrote."""
+        content = self._log(dag_id, run_id, task)
+        if content is None:
+            return "(no log was found)"
+        lines = [line for entry in content if not (line := _log_line(entry)).startswith(("::group::", "::endgroup::"))]
+        return "\n".join("\n".join(lines).splitlines()[-count:])
+
+    def _tell(self, dag_id: str, run_id: str, task: Mapping[str, Any], told: int, say: Callable[[str], None]) -> int:
+        """Say what a task has printed beyond its first `told` lines, and return how many there are now."""
+        content = self._log(dag_id, run_id, task) or []
+        printed = [entry["event"] for entry in content if isinstance(entry, dict) and entry.get("logger") == _PRINTED]
+        for line in printed[told:]:
+            say(f"  {line}")
+        return max(told, len(printed))
+
+    def _log(self, dag_id: str, run_id: str, task: Mapping[str, Any]) -> list[str | Json] | None:
+        """The entries that the latest try of a task has logged so far."""
         path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task['task_id'], safe='')}/logs/{task['try_number']}"
         params = {"map_index": task["map_index"], "full_content": True}
         answer = self._request("GET", path, params=params, accept=(404,))
         if answer.status_code == 404:
-            return "(no log was found)"
+            return None
         content = _json(answer)["content"]
-        lines = content.splitlines() if isinstance(content, str) else [_log_line(line) for line in content]
-        lines = [line for line in lines if not line.startswith(("::group::", "::endgroup::"))]
-        return "\n".join("\n".join(lines).splitlines()[-count:])
+        entries: list[str | Json] = list(content.splitlines() if isinstance(content, str) else content)
+        return entries
 
     def wait(self, dag_id: str, run_id: str, say: Callable[[str], None] = print, timeout: float = 1800.0) -> Json:
-        """Wait until a run succeeds and return it, saying each change of a task's state.
+        """Wait until a run succeeds and return it, saying each change of a task's state and what it prints meanwhile.
 
         Raises:
             EncodeError: The run failed (the message holds each failed task's address in the UI and
@@ -163,12 +179,16 @@ class AirflowClient:
         """
         began = time.monotonic()
         seen: dict[str, str | None] = {}
+        told: dict[str, int] = {}
+        over_before = self.run(dag_id, run_id)["state"] == "success"
         while True:
             run = self.run(dag_id, run_id)
             # The run first, its tasks after: then the last look shows every task as it ended.
             tasks = self.task_instances(dag_id, run_id)
             for task in sorted(tasks, key=lambda task: task["start_date"] or "~"):
                 name, state = _task_name(task), task["state"]
+                if state in ("running", "success", "failed") and not over_before:
+                    told[name] = self._tell(dag_id, run_id, task, told.get(name, 0), say)
                 if state is not None and seen.get(name) != state:
                     seen[name] = state
                     say(f"{dag_id}.{name}: {state}{_duration(task)}")

@@ -93,8 +93,8 @@ def test_other_answers_pass_through_with_the_explanation(airflow, client):
         client.run("d", "r")
 
 
-def test_wait_says_each_change_once_and_returns_the_run(airflow, client):
-    airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "running"})] * 3 + [(200, {"state": "success"})]
+def test_wait_says_each_change_and_each_printed_line_once_and_returns_the_run(airflow, client):
+    airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "running"})] * 4 + [(200, {"state": "success"})]
     airflow.answers["GET", "/dags/d/dagRuns/r/taskInstances"] = [
         (200, {"task_instances": [found], "total_entries": 1})
         for found in (
@@ -104,9 +104,40 @@ def test_wait_says_each_change_once_and_returns_the_run(airflow, client):
             task("success", end_date="2026-01-01T00:00:02Z", duration=2.04),
         )
     ]
+    first = {"event": "epoch 1", "logger": "task.stdout"}
+    noise = {"event": "Pushing xcom", "logger": "task"}
+    second = {"event": "epoch 2", "logger": "task.stdout"}
+    airflow.answers["GET", "/dags/d/dagRuns/r/taskInstances/train/logs/1"] = [
+        (404, {"detail": "no log yet"}),
+        (200, {"content": [first, noise]}),
+        (200, {"content": [first, noise, second]}),
+    ]
     said = []
     assert client.wait("d", "r", say=said.append)["state"] == "success"
-    assert said == ["d.train: running", "d.train: success after 2.0 s"]
+    assert said == ["d.train: running", "  epoch 1", "  epoch 2", "d.train: success after 2.0 s"]
+
+
+def test_a_run_that_was_over_before_is_not_told_again(airflow, client):
+    airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "success"})]
+    done = task("success", end_date="2026-01-01T00:00:02Z", duration=2.04)
+    airflow.answers["GET", "/dags/d/dagRuns/r/taskInstances"] = [(200, {"task_instances": [done], "total_entries": 1})]
+    said = []
+    client.wait("d", "r", say=said.append)
+    assert said == ["d.train: success after 2.0 s"]
+
+
+def test_the_run_that_an_asset_event_triggered_is_found(airflow, client):
+    runs = [{"dag_run_id": "old"}, {"dag_run_id": "new"}]
+    airflow.answers["GET", "/dags/d/dagRuns"] = [(200, {"dag_runs": runs})]
+    airflow.answers["GET", "/dags/d/dagRuns/old/upstreamAssetEvents"] = [(200, {"asset_events": []})]
+    # Airflow 3.3 answers 500 until the run has started.
+    airflow.answers["GET", "/dags/d/dagRuns/new/upstreamAssetEvents"] = [
+        (500, {}),
+        (200, {"asset_events": [{"source_run_id": "trained"}]}),
+    ]
+    assert client.wait_for_consumer("d", "trained", timeout=60)["dag_run_id"] == "new"
+    with pytest.raises(EncodeError, match="no run was triggered by another"):
+        client.wait_for_consumer("d", "another", timeout=0.1)
 
 
 def test_a_failed_run_is_an_error_with_the_log_and_the_address(airflow, client):
