@@ -92,6 +92,8 @@ class ModelConfig(Section):
     """How a cluster's value is made of its behaviors' embeddings."""
     size_prior: Annotated[float, Field(ge=0)] = 1.0
     """eta: weight of log n_k in the attention over interests; 1 is exact when a cluster's keys coincide."""
+    initial_std: Annotated[float, Field(gt=0)] = 0.05
+    """Standard deviation of embeddings before training; larger learns faster from little data, and overfits sooner."""
     initial_scale: Annotated[float, Field(gt=0)] = 8.0
     """Scale of the cosine in the relevance at the start; learned afterwards."""
     recent_length: Positive = 50

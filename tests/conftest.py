@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 from encode.stack import launch, ports, processes
 from encode.stack.components import PORTS, Component, Store
 from encode.stack.components import mlflow_server as mlflow_component
 from encode.stack.components import object_store as weed
+
+# From here on the shapes in signatures are checked at every call; k-means is compiled and cannot be wrapped.
+install_import_hook(["encode.model", "encode.interests.extract", "encode.evaluate"], "beartype.beartype")
 
 GUARD = """
 import sys

@@ -153,7 +153,24 @@ def test_listings_hold_objects_only(storage):
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/a", "a/", "a//b", ".", "a/../b", "a/./b", ".hidden", "a/.lock", "a b", "a:b", "a+b", "ä", "a\\b", "a\n", "x" * 256],
+    [
+        "",
+        "/a",
+        "a/",
+        "a//b",
+        ".",
+        "a/../b",
+        "a/./b",
+        ".hidden",
+        "a/.lock",
+        "a b",
+        "a:b",
+        "a+b",
+        "ä",
+        "a\\b",
+        "a\n",
+        "x" * 256,
+    ],
 )
 def test_keys_that_some_store_would_change_are_refused(storage, key):
     with pytest.raises(ConfigError, match="is not 1 to 255 of"):
@@ -201,11 +218,11 @@ class AgreesToEverything(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # which answers "Expect: 100-continue"; the client waits a second for it
     requests: list[str]
 
-    def do_PUT(self):  # noqa: N802
+    def do_PUT(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.answer(200)
 
-    def do_DELETE(self):  # noqa: N802
+    def do_DELETE(self):
         self.answer(204)
 
     def answer(self, status):
@@ -234,7 +251,9 @@ def test_a_store_that_ignores_conditions_is_refused(careless_server):
     url, requests = careless_server
     places = Places(store="s3://encode/x", endpoint_url=url, access_key="a", secret_key=SecretStr("b"))
     for _ in range(2):  # nor does it pass the second time
-        with pytest.raises(ConfigError, match=f"s3://encode/x at {url}: it ignores If-None-Match on PUT.*ENCODE_SINGLE_WRITER=1"):
+        with pytest.raises(
+            ConfigError, match=f"s3://encode/x at {url}: it ignores If-None-Match on PUT.*ENCODE_SINGLE_WRITER=1"
+        ):
             open_storage(places)
     assert requests == ["PUT", "PUT", "DELETE"] * 2
 
@@ -296,7 +315,9 @@ def test_writing_the_same_again_changes_nothing(storage):
 @pytest.mark.parametrize("parts", [{"one.bin": b"other", "two.bin": b""}, {"one.bin": b"first"}])
 def test_writing_something_else_over_it_is_refused(storage, parts):
     write(storage)
-    with pytest.raises(ArtifactError, match=r"out/a: already complete with another content \(differs in (one|two)\.bin\)"):
+    with pytest.raises(
+        ArtifactError, match=r"out/a: already complete with another content \(differs in (one|two)\.bin\)"
+    ):
         write(storage, parts=parts)
     assert storage.get("out/a/one.bin") == b"first"
 
@@ -321,7 +342,7 @@ def test_a_damaged_part_is_named_with_its_remedy(storage):
 def test_a_part_cut_short_is_named_with_both_sizes(storage):
     manifest = write(storage)
     storage.put("out/a/one.bin", b"fir")
-    with pytest.raises(ArtifactError, match="one.bin: damaged: 3 bytes .*expected 5 bytes"):
+    with pytest.raises(ArtifactError, match=r"one\.bin: damaged: 3 bytes .*expected 5 bytes"):
         read_parts(storage, "out/a", manifest.parts)
 
 
@@ -329,7 +350,9 @@ def test_a_part_cut_short_is_named_with_both_sizes(storage):
 def test_a_damaged_manifest_is_named_with_its_remedy(storage, data):
     write(storage)
     storage.put("out/a/manifest.json", data)
-    with pytest.raises(ArtifactError, match="out/a/manifest.json: not a manifest .*; remove the output and run its step"):
+    with pytest.raises(
+        ArtifactError, match=r"out/a/manifest\.json: not a manifest .*; remove the output and run its step"
+    ):
         read_manifest(storage, "out/a")
 
 

@@ -30,6 +30,7 @@ from encode.model.relevance import pool_interests
 from encode.schema import PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_start
 
 Ints = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.uint8]
 _HISTORIES_PER_BATCH = 64
 
 
@@ -118,9 +119,9 @@ def _row_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
     return rows
 
 
-def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: ClusteringConfig) -> list[Ints]:
+def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: ClusteringConfig) -> list[Labels]:
     """Cluster every history of the replay with the keys of the moment, [V, P]; labels of each, in row order."""
-    labels: list[Ints] = []
+    labels: list[Labels] = []
     for chosen in np.array_split(np.arange(len(replay.history_begin)), max(1, len(replay.history_begin) // 2048)):
         rows, offsets = _rows(replay.history_begin[chosen], replay.history_end[chosen])
         flat = cluster(key[replay.behavior_index[rows]], offsets, replay.history_user_ids[chosen], config)
@@ -130,7 +131,7 @@ def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: Cluste
 
 def batches(
     replay: Replay,
-    labels: list[Ints],
+    labels: list[Labels],
     num_clusters: int,
     histories_per_batch: int,
     rng: np.random.Generator | None = None,

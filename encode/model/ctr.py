@@ -47,7 +47,7 @@ class Tables(nn.Module):
         self.item = nn.Embedding(len(item_category), config.embedding_dim - config.category_dim, PADDING)
         self.category = nn.Embedding(num_categories, config.category_dim, PADDING)
         for table in (self.item, self.category):
-            nn.init.normal_(table.weight, std=0.05)
+            nn.init.normal_(table.weight, std=config.initial_std)
             with torch.no_grad():
                 table.weight[PADDING] = 0
         self.item_category: Tensor

@@ -6,6 +6,7 @@ verified, and put in its place by one reference; requests under way finish on th
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,8 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from encode import __version__
@@ -147,6 +149,12 @@ def create_app(
 
     app = FastAPI(title="ENCODE serving", version=__version__, lifespan=lifespan)
     app.state.follower = follower
+
+    @app.exception_handler(RequestValidationError)
+    def refuse(_: object, error: RequestValidationError) -> Response:
+        """Say where and why, but not what was found: FastAPI's own answer breaks on NaN and on halves of characters."""
+        problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+        return Response(json.dumps({"detail": problems}), 422, media_type="application/json")
 
     def ready() -> Bundle:
         bundle = follower.bundle

@@ -6,16 +6,15 @@ reading of it, loaded beside whatever serves and immutable from then on.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
+from encode.data.parquet import read_parquet
 from encode.errors import ArtifactError
 from encode.interests.extract import state_of
 from encode.interests.snapshots import Pointer, read_pointer, read_space
@@ -180,5 +179,5 @@ def _names(storage: Storage) -> dict[int, str]:
     found = storage.get_versioned("items/items.parquet")
     if found is None:
         return {}
-    table = pq.read_table(io.BytesIO(found[0]), columns=["item_id", "name"])
+    table = read_parquet(found[0], ["item_id", "name"])
     return dict(zip(table["item_id"].to_pylist(), table["name"].to_pylist(), strict=True))

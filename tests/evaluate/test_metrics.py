@@ -19,7 +19,9 @@ def arrays(labels, scores):
 
 # Scores of few values, so that there are ties in and between the classes.
 rows = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 1), st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.9])), min_size=1, max_size=60
+    st.tuples(st.integers(0, 5), st.integers(0, 1), st.sampled_from([0.1, 0.25, 0.5, 0.6, 0.9])),
+    min_size=1,
+    max_size=60,
 )
 
 

@@ -20,7 +20,7 @@ from encode.errors import DataError
 from encode.evaluate import replay as replays
 from encode.evaluate.replay import assign_clusters, batches, make_replay, predict
 from encode.model.ctr import Reader, Tables
-from encode.schema import BEHAVIORS, PADDING, SECONDS_PER_DAY, Window, day_of, day_start
+from encode.schema import BEHAVIORS, PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_of, day_start
 
 MODEL = ModelConfig(embedding_dim=8, category_dim=2, projected_dim=4, recent_length=5, hidden_dims=(16,))
 CLUSTERING = ClusteringConfig(num_clusters=4)
@@ -35,14 +35,18 @@ TRAINING = TrainingConfig(num_negatives=2)
 def histories_of(user, item, timestamp):
     item = np.asarray(item)
     columns = [user, item, 1 + item % 3, pa.array(["pv"] * len(item)).dictionary_encode(), timestamp]
-    return to_histories(pa.table([pa.array(c, f.type) for c, f in zip(columns, BEHAVIORS, strict=True)], schema=BEHAVIORS))
+    return to_histories(
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, BEHAVIORS, strict=True)], schema=BEHAVIORS)
+    )
 
 
 def draw_histories(seed=0, num_users=6, num_rows=400):
     """20 days, on a grid of 6 hours, so that many behaviors of a user share their second."""
     rng = np.random.default_rng(seed)
     grid = day_start(START) + np.arange(80) * SECONDS_PER_DAY // 4
-    return histories_of(rng.integers(1, num_users + 1, num_rows), rng.choice(ITEMS, num_rows), rng.choice(grid, num_rows))
+    return histories_of(
+        rng.integers(1, num_users + 1, num_rows), rng.choice(ITEMS, num_rows), rng.choice(grid, num_rows)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,12 @@ def model():
     with torch.no_grad():
         tables.item.weight[1:] *= 20
     return tables.all_items(), Reader(MODEL).eval()
+
+
+def show(user, item, timestamp):
+    """Impressions without clicks."""
+    user, item, timestamp = (np.array(column) for column in (user, item, timestamp))
+    return Impressions(user, item, 1 + item % 3, np.zeros(len(user), np.int8), timestamp, np.ones(len(user), bool))
 
 
 def replay_of(histories, impressions, days=DAYS):
@@ -139,10 +149,10 @@ def test_interests_hold_nothing_from_the_snapshot_day_on(model):
     before = interests(histories)
     for as_of in np.unique(snapshots):
         after = interests(spoil(histories, histories.timestamps < as_of, 3))
-        rows = np.flatnonzero(snapshots <= as_of)
-        assert len(rows)
-        assert all(after[row] == before[row] for row in rows)
-    assert any(after[row] != before[row] for row in range(len(impressions))) or len(np.unique(snapshots)) == 1
+        same = np.array([after[row] == before[row] for row in range(len(impressions))])
+        assert same[snapshots <= as_of].all()
+        assert not same[snapshots > as_of].any()
+    assert len(np.unique(snapshots)) == 3
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -178,9 +188,7 @@ def test_behaviors_of_the_same_second_are_not_recent():
     """By hand: at noon of the 12th the user did 20, 21, 22 at once; before it 10 and 11."""
     noon = day_start(date(2024, 3, 12)) + 43_200
     histories = histories_of([1] * 5, [10, 20, 11, 21, 22], [noon - 9, noon, noon - 1, noon, noon])
-    shown = Impressions(
-        np.array([0, 0]), np.array([21, 10]), np.array([1, 2]), np.array([1, 0], np.int8), np.array([noon, noon]), np.array([True, False])
-    )  # fmt: skip
+    shown = show([0, 0], [21, 10], [noon, noon])
     replay = replay_of(histories, shown)
     for row in range(2):
         assert histories.item_ids[replay.recent_begin[row] : replay.recent_end[row]].tolist() == [10, 11]
@@ -191,13 +199,11 @@ def test_the_cut_does_not_depend_on_how_far_apart_times_are(model):
     """Rows are found by one number made of user and time: users far apart in time must not run into each other."""
     noon = day_start(date(2024, 3, 12)) + 43_200
     histories = histories_of([1, 1, 2, 2, 3], [10, 11, 12, 13, 14], [1, noon - 1, noon - 2, 2**40, 1])
-    rows = len(histories)
-    shown = Impressions(
-        np.arange(rows), np.full(rows, 20), np.full(rows, 1), np.zeros(rows, np.int8), np.full(rows, noon), np.ones(rows, bool)
-    )  # fmt: skip
+    shown = show(range(3), [20] * 3, [noon] * 3)
     replay = replay_of(histories, shown)
     found = [
-        histories.item_ids[begin:end].tolist() for begin, end in zip(replay.recent_begin, replay.recent_end, strict=True)
+        histories.item_ids[begin:end].tolist()
+        for begin, end in zip(replay.recent_begin, replay.recent_end, strict=True)
     ]
     assert found == [[10, 11], [12], [14]]
 
@@ -230,6 +236,22 @@ def test_shuffled_batches_hold_the_same(model):
     np.testing.assert_allclose(found, scores(model, histories, impressions), atol=1e-6)
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.3, 0.3), (1.0, 1)])
+def test_a_share_of_the_training_targets_is_made_unknown(model, share, expected):
+    """In shuffled batches only: what is measured stays as it is."""
+    histories = draw_histories(0, num_rows=2000)
+    impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
+    replay = replay_of(histories, impressions)
+    labels = assign_clusters(replay, model[0].key.numpy(), CLUSTERING)
+
+    def unknown(rng):
+        made = [(batch.items[batch.target].numpy() == UNKNOWN) for batch in batches(replay, labels, 4, 4, rng, share)]
+        return np.concatenate(made).mean()
+
+    assert unknown(np.random.default_rng(0)) == pytest.approx(expected, abs=0.05)
+    assert unknown(None) == 0
+
+
 def test_who_else_there_is_changes_nothing(model):
     """Users keep their ids, which seed their clusters; their places, neighbors and order change."""
     histories = draw_histories(0)
@@ -241,7 +263,8 @@ def test_who_else_there_is_changes_nothing(model):
         fewer = histories_of(user[rows], histories.item_ids[rows], histories.timestamps[rows])
         place = np.searchsorted(fewer.user_ids, histories.user_ids[impressions.user[shown]])
         some = dataclasses.replace(
-            Impressions(*(getattr(impressions, field.name)[shown] for field in dataclasses.fields(impressions))), user=place
+            Impressions(*(getattr(impressions, field.name)[shown] for field in dataclasses.fields(impressions))),
+            user=place,
         )
         np.testing.assert_allclose(scores(model, fewer, some), before[shown], atol=1e-6)
 
@@ -343,7 +366,9 @@ def test_only_some_behaviors_count_as_clicks():
         behavior_names=("buy", "pv"),
     )
     config = TrainingConfig(positive_behaviors=("buy",))
-    inside = (buys.timestamps >= day_start(DAYS.start)) & (buys.timestamps < day_start(DAYS.end)) & (buys.behaviors == 0)
+    inside = (
+        (buys.timestamps >= day_start(DAYS.start)) & (buys.timestamps < day_start(DAYS.end)) & (buys.behaviors == 0)
+    )
     assert draw_impressions(buys, DAYS, config, 10**6).labels.sum() == inside.sum() > 0
     with pytest.raises(DataError, match="no positives: expected click, have buy, pv"):
         draw_impressions(buys, DAYS, TrainingConfig(positive_behaviors=("click",)), 10)
@@ -363,5 +388,7 @@ def test_splits_follow_one_another_up_to_the_end():
     assert splits.train == Window(date(2024, 3, 2), date(2024, 3, 7))
     assert splits.valid == Window(date(2024, 3, 7), date(2024, 3, 9))
     assert splits.test == Window(date(2024, 3, 9), date(2024, 3, 12))
-    with pytest.raises(DataError, match=r"10 days; training needs more than 10 .*train_days 5 \+ valid_days 2 \+ test_days 3"):
+    with pytest.raises(
+        DataError, match=r"10 days; training needs more than 10 .*train_days 5 \+ valid_days 2 \+ test_days 3"
+    ):
         split_days(Window(date(2024, 3, 2), date(2024, 3, 12)), config)

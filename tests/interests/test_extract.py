@@ -37,7 +37,10 @@ SPACE = make_space()
 def to_batch(histories):
     """Rows of `schema.HISTORIES` from (user, [(item, category, timestamp), ...])."""
     columns = [[[event[field] for event in events] for _, events in histories] for field in range(3)]
-    arrays = [pa.array([user for user, _ in histories], pa.int64()), *(pa.array(c, pa.list_(pa.int64())) for c in columns)]
+    arrays = [
+        pa.array([user for user, _ in histories], pa.int64()),
+        *(pa.array(c, pa.list_(pa.int64())) for c in columns),
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=HISTORIES)
 
 
@@ -67,7 +70,9 @@ def slow_row(user, events, space):
         members = [i for i in range(len(rows)) if labels[i] == k]
         center = sum(keys[i] for i in members)
         center /= np.linalg.norm(center)
-        weights = [np.exp(space.scale * keys[i] @ center) if space.config.pooling == "relevance" else 1 for i in members]
+        weights = [
+            np.exp(space.scale * keys[i] @ center) if space.config.pooling == "relevance" else 1 for i in members
+        ]
         counts = Counter(events[i][0] for i in members)
         found.append(
             {
@@ -152,6 +157,8 @@ def test_state_is_the_row_padded():
     count = len(rows.column("size")[1])
     assert (state.interests.center[0, count:] == 0).all()
     assert state.interests.value[0, 0].tolist() == rows.column("value")[1].as_py()[0]
-    for one, other in zip([*empty.interests, empty.recent], [*(n := state_of(None, SPACE)).interests, n.recent], strict=True):
+    for one, other in zip(
+        [*empty.interests, empty.recent], [*(n := state_of(None, SPACE)).interests, n.recent], strict=True
+    ):
         assert torch.equal(one, other)
         assert (one == 0).all()

@@ -164,7 +164,10 @@ def test_the_number_of_threads_does_not_matter(batch, threads, monkeypatch):
 
 def test_seed_and_stream_do_matter(batch):
     keys, offsets, seeds, labels = batch
-    for config, streams in ((ClusteringConfig(num_clusters=7, seed=1), seeds), (ClusteringConfig(num_clusters=7), seeds + 1)):
+    for config, streams in (
+        (ClusteringConfig(num_clusters=7, seed=1), seeds),
+        (ClusteringConfig(num_clusters=7), seeds + 1),
+    ):
         assert (cluster(keys, offsets, streams, config) != labels).any()
 
 

@@ -97,7 +97,7 @@ def folder(tmp_path):
     return open_storage(Places(store=str(tmp_path / "store")))
 
 
-class PowerCut(Exception):
+class PowerCut(Exception):  # noqa: N818
     """The process died."""
 
 
@@ -170,7 +170,7 @@ def test_a_crash_at_the_first_snapshot_leaves_none(folder, tmp_path):
     for last in range(1, NUM_WRITES + 1):
         with pytest.raises(PowerCut):
             refresh(Dying(folder, last, after=False))
-        with pytest.raises(ArtifactError, match="current.json: no snapshot yet in this space; refresh it first"):
+        with pytest.raises(ArtifactError, match=r"current\.json: no snapshot yet in this space; refresh it first"):
             load_bundle(folder, FILES, "1", tmp_path / "cache")
 
 
@@ -244,14 +244,14 @@ def test_a_publisher_gives_up_when_the_pointer_never_stays(folder, monkeypatch):
         def create(self, key, data):
             raise LostRace(key)
 
-    with pytest.raises(ArtifactError, match="current.json: moved by others 20 times"):
+    with pytest.raises(ArtifactError, match=r"current\.json: moved by others 20 times"):
         publish(Busy(), SPACE.id, *made)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"snapshot":"a","as_of":"today","manifest":"b"}', b"\xff"])
 def test_a_pointer_that_cannot_be_read_is_named(folder, data):
     folder.put(f"interests/{SPACE.id}/current.json", data)
-    with pytest.raises(ArtifactError, match="current.json: not a pointer .*; publish a snapshot again"):
+    with pytest.raises(ArtifactError, match=r"current\.json: not a pointer .*; publish a snapshot again"):
         read_pointer(folder, SPACE.id)
 
 
@@ -283,7 +283,9 @@ def test_every_user_is_in_one_part_with_the_row_of_extraction(folder, tmp_path):
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
     assert sorted(np.concatenate(list(snapshot.user_ids()))) == histories.user_ids.tolist()
     for place, user in enumerate(histories.user_ids.tolist()):
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[0]
+        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[
+            0
+        ]
     assert snapshot.find(999_999_999) is None
     assert manifest.counts == {
         "users": 12,
@@ -313,7 +315,9 @@ def test_more_users_than_a_batch_holds(folder, tmp_path, monkeypatch):
     rows = extract(history_batch(histories, np.arange(60)), SPACE)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
     for place, user in enumerate(histories.user_ids.tolist()):
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[0]
+        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[
+            0
+        ]
 
 
 def test_history_batch_takes_users_in_any_order():
@@ -366,7 +370,9 @@ def test_a_snapshot_copied_under_another_space_is_refused(folder, two_spaces, tm
 def test_a_pointer_of_another_space_is_refused(folder, two_spaces, tmp_path):
     other, _ = two_spaces
     folder.put(f"interests/{SPACE.id}/current.json", folder.get(f"interests/{other.id}/current.json"))
-    with pytest.raises(ArtifactError, match=f"interests/{SPACE.id}/20240304-[0-9a-f]{{12}}: absent or unfinished, pointer"):
+    with pytest.raises(
+        ArtifactError, match=f"interests/{SPACE.id}/20240304-[0-9a-f]{{12}}: absent or unfinished, pointer"
+    ):
         load_bundle(folder, FILES, "1", tmp_path / "cache")
 
 

@@ -33,7 +33,9 @@ def over_interests(query, interests: Interests, scale, size_prior=1.0):
     size = interests.size[0].expand(len(query), -1)
     slots = torch.arange(size.shape[1]).expand(len(query), -1)
     prior = size_prior * size.clamp(min=1).log()
-    return attend(query, interests.center[0], interests.value[0], slots, prior, size > 0, torch.tensor(scale, dtype=query.dtype))
+    return attend(
+        query, interests.center[0], interests.value[0], slots, prior, size > 0, torch.tensor(scale, dtype=query.dtype)
+    )
 
 
 def test_relevance_is_the_scaled_cosine():

@@ -1,0 +1,72 @@
+"""Settings enter by one door, and a wrong one is named."""
+
+from pathlib import Path
+
+import pytest
+
+from encode.config import Config, Places, load_config, presets
+from encode.errors import ConfigError
+
+
+def test_every_preset_that_ships_is_valid():
+    assert {"complete-journey", "tiny"} <= set(presets())
+    for preset in presets():
+        assert load_config(preset).name == preset
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp_path):
+    config = load_config(write(tmp_path, "source: {reader: taobao, path: UserBehavior.csv}"))
+    assert config.name == "mine"
+    assert config.source.path == tmp_path / "UserBehavior.csv"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {epochs: 3}", r"training.epochs: unknown key; expected one of train_days.*num_epochs"),
+        ("trainig: {}", r"trainig: unknown key; expected one of name, source"),
+        ("clustering: {num_clusters: 0}", r"clustering.num_clusters: .*greater than 0, found 0"),
+        ("model: {projected_dim: 128}", r"projected_dim 128 must not exceed embedding_dim 64"),
+        ("- a list", "found list, expected settings"),
+        ("a: [", "not YAML"),
+        ("source: {reader: csv}", "source.reader: Input should be 'parquet'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_where_and_what(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_an_unknown_preset_names_those_that_exist():
+    with pytest.raises(ConfigError, match="'nope': unknown; have complete-journey"):
+        load_config("nope")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config("nope.yaml")
+
+
+def test_settings_cannot_be_changed_after_they_were_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        Config(name="x").training.num_epochs = 5
+
+
+def test_places_come_from_the_names_that_clients_read():
+    places = Places.from_environment(
+        {
+            "ENCODE_STORE": "s3://bucket/prefix",
+            "AWS_ENDPOINT_URL": "http://store",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "hidden",
+            "MLFLOW_TRACKING_URI": "http://mlflow",
+        }
+    )
+    assert places.endpoint_url == "http://store"
+    assert places.tracking_uri == "http://mlflow"
+    assert "hidden" not in repr(places)
+    with pytest.raises(ConfigError, match="ENCODE_STORE is not set"):
+        Places.from_environment({})

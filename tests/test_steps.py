@@ -1,0 +1,258 @@
+"""The whole path on a small real log, against the real object store and the real MLflow, in one process."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from encode import steps
+from encode.config import Places, load_config
+from encode.errors import ConfigError, QualityError
+from encode.registry import CANDIDATE, CHAMPION, Registry
+from encode.schema import Window
+from encode.serving.app import create_app
+from encode.stack.ports import free_port
+from encode.storage import MANIFEST, open_storage
+
+SMALL = str(Path(__file__).parent / "samples" / "small.yaml")
+WINDOW = Window(date(2017, 9, 3), date(2018, 1, 1))
+USER, ITEMS = 18, [1082185, 981760, 995242]
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def config():
+    base = load_config(SMALL)
+    names = base.registry.model_copy(update={"model_name": f"ctr-{secrets.token_hex(4)}", "experiment": "steps"})
+    return base.model_copy(update={"registry": names})
+
+
+@pytest.fixture(scope="module")
+def places(object_store, mlflow_server):
+    return Places(
+        store=f"s3://{object_store.bucket}/steps-{secrets.token_hex(4)}",
+        endpoint_url=object_store.endpoint_url,
+        access_key=object_store.access_key,
+        secret_key=object_store.secret_key,
+        tracking_uri=mlflow_server,
+    )
+
+
+@pytest.fixture(scope="module")
+def serving(config, places, tmp_path_factory):
+    """The real serving process's application on a real port, following the registry."""
+    port = free_port(())
+    app = create_app(places, config.registry, tmp_path_factory.mktemp("serving"), seconds=60)
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def released(config, places, serving):
+    """All steps, once."""
+    places = places.model_copy(update={"serving_url": serving})
+    landed = steps.land(config, places, quiet)
+    validated = steps.validate(config, places, WINDOW, quiet)
+    before = httpx.post(f"{serving}/v1/score", json={"user_id": USER, "item_ids": ITEMS})
+    assert before.status_code == 503
+    assert steps.refresh(config, places, WINDOW.end, quiet)["snapshots"] == {}
+    assert steps.release(config, places, quiet)["outcome"] == "nothing to release"
+    trained = steps.train(config, places, WINDOW.end, quiet)
+    refreshed = steps.refresh(config, places, WINDOW.end, quiet)
+    release = steps.release(config, places, quiet)
+    return {
+        "places": places,
+        "land": landed,
+        "validate": validated,
+        "train": trained,
+        "refresh": refreshed,
+        "release": release,
+    }
+
+
+def test_every_row_is_accounted_for(released):
+    assert released["land"]["rows"] == 61_461
+    assert released["validate"]["rows"] == released["land"]["landed"]
+    assert released["validate"]["accepted"] + released["validate"]["rejected"] == released["validate"]["rows"]
+    assert released["refresh"]["users"] == 150
+
+
+def test_the_candidate_is_registered_with_all_that_explains_it(config, released):
+    import mlflow
+
+    registry = Registry(released["places"], config.registry)
+    version = registry.by_alias(CHAMPION)
+    assert version == registry.by_alias(CANDIDATE)
+    client = mlflow.MlflowClient()
+    run = client.get_run(version.tags["encode.run"])
+    assert {"auc", "gauc", "logloss", "calibration", "auc_first_time", "epoch_loss"} <= set(run.data.metrics)
+    assert run.data.params["clustering.num_clusters"] == "8"
+    assert run.inputs.dataset_inputs[0].dataset.name == "behaviors 2017-09-03..2018-01-01"
+    assert run.data.tags["encode.space"] == released["train"]["space"]
+    assert "report.png" in [one.path for one in client.list_artifacts(run.info.run_id)]
+    info = mlflow.models.get_model_info(f"models:/{config.registry.model_name}@champion")
+    assert [column.name for column in info.signature.inputs] == ["user_id", "item_id"]
+    assert info.saved_input_example_info is not None
+    files = {path.name for path in Path(mlflow.artifacts.download_artifacts(info.model_uri)).rglob("*") if path.is_file()}
+    assert not {name for name in files if name.endswith((".pkl", ".pt", ".pth"))}
+
+
+def test_serving_has_loaded_exactly_the_released_bundle(released):
+    state = httpx.get(f"{released['places'].serving_url}/v1/release").json()
+    assert state["bundle"]["id"] == released["release"]["bundle"]
+    assert state["bundle"]["snapshot"] == released["refresh"]["snapshots"][released["train"]["space"]]
+    assert state["error"] is None
+
+
+def test_a_second_run_of_all_steps_changes_no_byte(config, released):
+    places = released["places"]
+    storage = open_storage(places)
+    before = {key: storage.get_versioned(key)[1] for key in storage.list("")}
+    assert steps.land(config, places, quiet)["unchanged"]
+    steps.validate(config, places, WINDOW, quiet)
+    assert steps.train(config, places, WINDOW.end, quiet)["version"] == released["train"]["version"]
+    assert steps.refresh(config, places, WINDOW.end, quiet) == released["refresh"]
+    again = steps.release(config, places, quiet)
+    assert (again["outcome"], again["bundle"]) == ("serving brought up to date", released["release"]["bundle"])
+    assert {key: storage.get_versioned(key)[1] for key in storage.list("")} == before
+
+
+def test_plain_mlflow_scores_the_same(config, released, tmp_path):
+    """`mlflow models serve` in a process of its own, without anything of ours but the logged model."""
+    places = released["places"]
+    port = free_port(())
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": places.tracking_uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "AWS_ACCESS_KEY_ID": places.access_key,
+        "AWS_SECRET_ACCESS_KEY": places.secret_key.get_secret_value(),
+    }
+    uri = f"models:/{config.registry.model_name}@champion"
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-p", str(port)]
+    log = tmp_path / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=tmp_path
+        )
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/ping").raise_for_status()
+                break
+            except httpx.HTTPError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.3)
+        rows = {"columns": ["user_id", "item_id"], "data": [[USER, item] for item in ITEMS]}
+        answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_split": rows}, timeout=60).json()
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(20)
+    plain = [row["probability"] for row in answer["predictions"]]
+    ours = httpx.post(f"{places.serving_url}/v1/score", json={"user_id": USER, "item_ids": ITEMS}).json()
+    assert plain == pytest.approx(ours["probabilities"], abs=1e-5)
+    assert len(set(plain)) == len(ITEMS)
+
+
+def test_our_server_needs_no_model_code(config, released, tmp_path):
+    """Loading a release must work where MLflow is told never to execute what an artifact holds."""
+    places = released["places"]
+    code = (
+        "import sys; from encode.config import Places; from encode.registry import Registry, CHAMPION\n"
+        "from encode.config import RegistryConfig; from encode.serving.release import loaded\n"
+        f"places = Places.from_environment(); registry = Registry(places, RegistryConfig(model_name={config.registry.model_name!r}))\n"
+        "with loaded(registry, places, registry.by_alias(CHAMPION)) as bundle: print(bundle.id)\n"
+        "assert 'cloudpickle' not in sys.modules or 'encode.serving.pyfunc' not in sys.modules\n"
+    )
+    environment = {
+        **os.environ,
+        "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
+        "MLFLOW_TRACKING_URI": places.tracking_uri,
+        "ENCODE_STORE": places.store,
+        "AWS_ENDPOINT_URL": places.endpoint_url,
+        "AWS_ACCESS_KEY_ID": places.access_key,
+        "AWS_SECRET_ACCESS_KEY": places.secret_key.get_secret_value(),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == released["release"]["bundle"], done.stderr
+
+
+def test_a_second_log_may_not_share_the_store(config, released):
+    other = config.model_copy(update={"name": "other"})
+    with pytest.raises(ConfigError, match='found {"log":"small"}, this preset is {"log":"other"}'):
+        steps.land(other, released["places"], quiet)
+
+
+def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_back(config, released):
+    """Last in this file: it moves the champion and puts it back."""
+    places, first = released["places"], released["release"]
+    changed = config.training.model_copy(update={"seed": 1})
+    registry = Registry(places, config.registry)
+
+    strict = config.model_copy(
+        update={"training": changed, "release": config.release.model_copy(update={"min_auc": 0.99})}
+    )
+    second = steps.train(strict, places, WINDOW.end, quiet)
+    assert second["space"] != released["train"]["space"]
+    steps.refresh(strict, places, WINDOW.end, quiet)
+    with pytest.raises(QualityError, match=r"misses its gates: auc 0\.\d+ \(>= 0.99\)"):
+        steps.release(strict, places, quiet)
+    assert registry.by_alias(CHAMPION).number == first["version"]
+    again = steps.release(strict, places, quiet)
+    assert (again["outcome"], again["bundle"]) == ("serving brought up to date", first["bundle"])
+
+    lenient = config.model_copy(
+        update={
+            "training": changed.model_copy(update={"seed": 2}),
+            "release": config.release.model_copy(update={"max_auc_loss": 1.0}),
+        }
+    )
+    third = steps.train(lenient, places, WINDOW.end, quiet)
+    steps.refresh(lenient, places, WINDOW.end, quiet)
+    release = steps.release(lenient, places, quiet)
+    assert release["version"] == third["version"]
+    assert "auc_over_champion" in release["gates"]
+    assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == release["bundle"]
+
+    back = steps.rollback(lenient, places, quiet)
+    assert (back["version"], back["bundle"]) == (first["version"], first["bundle"])
+    assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == first["bundle"]
+    assert steps.release(lenient, places, quiet)["outcome"] == "serving brought up to date"
+    with pytest.raises(QualityError, match="is the first champion"):
+        steps.rollback(lenient, places, quiet)
+
+
+def test_every_output_in_the_store_is_complete(released):
+    """Each directory with parts has a manifest, and each manifest's parts are there."""
+    storage = open_storage(released["places"])
+    keys = set(storage.list(""))
+    manifests = {key for key in keys if key.endswith(f"/{MANIFEST}")}
+    named = set()
+    for key in manifests:
+        prefix = key.removesuffix(f"/{MANIFEST}")
+        named |= {f"{prefix}/{part['name']}" for part in json.loads(storage.get(key))["parts"]}
+    assert named <= keys
+    assert {key.split("/")[0] for key in manifests} == {"raw", "behaviors", "quarantine", "spaces", "models", "interests"}
+    lone = keys - named - manifests
+    assert {key for key in lone if not key.endswith("/current.json")} == {"log.json"}
