@@ -18,7 +18,7 @@ from encode_wiring import DEFAULTS, INTERESTS, places, preset_param
 
 @dag(
     schedule=[INTERESTS],
-    start_date=datetime(2024, 1, 1, tzinfo=UTC),
+    start_date=datetime(2000, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS,

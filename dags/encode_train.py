@@ -17,7 +17,7 @@ from encode_wiring import CANDIDATE, DEFAULTS, day_param, places, preset_param, 
 
 @dag(
     schedule=schedule("ENCODE_TRAIN_SCHEDULE"),
-    start_date=datetime(2024, 1, 1, tzinfo=UTC),
+    start_date=datetime(2000, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS,

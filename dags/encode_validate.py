@@ -18,7 +18,7 @@ from encode_wiring import BEHAVIORS, DEFAULTS, RAW, day_param, places, preset_pa
 
 @dag(
     schedule=schedule("ENCODE_VALIDATE_SCHEDULE", RAW),
-    start_date=datetime(2024, 1, 1, tzinfo=UTC),
+    start_date=datetime(2000, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
     default_args=DEFAULTS,

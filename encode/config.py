@@ -146,6 +146,8 @@ class TrainingConfig(Section):
     """Histories (one user as of one snapshot day) that one update pools, with all their impressions."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    num_threads: Positive = 2
+    """Threads of an update. Another number gives other bytes: sums are taken in another order."""
     seed: int = 0
 
 

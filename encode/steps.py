@@ -63,6 +63,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.data.histories import read_histories
     from encode.interests.snapshots import write_space
     from encode.model.files import load_model
+    from encode.model.reproducible import reproducible
     from encode.registry import Registry
     from encode.train import package
     from encode.train import train as fit
@@ -74,9 +75,10 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     prefix = f"models/{made[:16]}"
     manifest = read_manifest(storage, prefix)
     if manifest is None:
-        trained = fit(histories, as_of, config, say)
-        space = trained.space
-        card, files = package(trained, histories, as_of, config)
+        with reproducible(config.training.num_threads):
+            trained = fit(histories, as_of, config, say)
+            space = trained.space
+            card, files = package(trained, histories, as_of, config)
         write_space(storage, space, inputs)
         manifest = write_output(
             storage,

@@ -15,6 +15,7 @@ import torch
 from encode.interests.kmeans import cluster
 from encode.model.files import UserState, user_state
 from encode.model.relevance import pool_interests
+from encode.model.reproducible import reproducible
 from encode.model.space import Space
 from encode.schema import interests_schema
 
@@ -45,7 +46,7 @@ def extract(histories: pa.RecordBatch, space: Space) -> pa.RecordBatch:
     key = space.key[index]
     labels = cluster(key, offsets, user_ids, space.config.clustering)
     segment = np.repeat(np.arange(len(user_ids)), np.diff(offsets)) * num_clusters + labels
-    with torch.no_grad():
+    with torch.no_grad(), reproducible(1):
         interests = pool_interests(
             torch.from_numpy(space.embedding[index]),
             torch.from_numpy(key),

@@ -62,6 +62,19 @@ def seeded(keys, num_clusters, seed) -> np.ndarray:
     return centers.astype(np.float64)
 
 
+def slow_seed(keys, num_clusters, seed) -> list[int]:
+    """Rows that k-means++ chooses, drawn with the library's random numbers: each new one by squared distance."""
+    state, u = kmeans._next_random(np.uint64(seed))
+    chosen = [int(u * len(keys))]
+    while len(chosen) < num_clusters:
+        distance = ((keys[:, None].astype(float) - keys[chosen]) ** 2).sum(2).min(1)
+        if distance.sum() == 0:
+            break
+        state, u = kmeans._next_random(np.uint64(state))
+        chosen.append(int(np.searchsorted(np.cumsum(distance), u * distance.sum(), side="right")))
+    return chosen
+
+
 # --- quality -----------------------------------------------------------------------------------------------
 
 
@@ -80,6 +93,18 @@ def test_it_is_lloyds_algorithm_from_the_same_seeds(seed):
     expected = lloyd(keys, seeded(keys, 5, seed), 4)
     assert np.unique(expected).size == 5  # none was emptied on the way, so both are defined alike
     np.testing.assert_array_equal(one(keys, seed, num_clusters=5, num_iterations=4), expected)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 20))
+@settings(deadline=None, max_examples=60)
+def test_seeding_is_k_means_plus_plus(seed, length, distinct):
+    """With duplicates among the keys: it ends with one seed a distinct key where there are fewer than K."""
+    rng = np.random.default_rng(seed)
+    keys = unit(rng.normal(size=(distinct, 3)))[rng.integers(distinct, size=length)]
+    centers = np.full((8, 3), 9, np.float32)
+    chosen = slow_seed(keys, 8, seed)
+    assert kmeans._seed(keys, np.uint64(seed), centers) == len(chosen) == min(8, len(np.unique(keys, axis=0)))
+    np.testing.assert_array_equal(centers[: len(chosen)], keys[chosen])
 
 
 @pytest.mark.parametrize("seed", range(3))

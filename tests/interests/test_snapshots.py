@@ -199,6 +199,17 @@ def test_of_many_who_move_the_pointer_one_wins(storage, first):
     assert won == [read_pointer(storage, SPACE.id)[0]]
 
 
+def test_the_pointer_moves_once_from_each_version(storage):
+    for day in (MONDAY, TUESDAY):
+        found = read_pointer(storage, SPACE.id)
+        version = found[1] if found else None
+        first, second = (Pointer(name, day, "0") for name in ("first", "second"))
+        move_pointer(storage, SPACE.id, first, version)
+        with pytest.raises(LostRace):
+            move_pointer(storage, SPACE.id, second, version)
+        assert read_pointer(storage, SPACE.id)[0] == first
+
+
 def test_many_who_publish_end_with_the_latest_day(storage):
     """Each retries until its snapshot or a later one is current."""
     days = [date(2024, 3, day) for day in range(1, 9)]
@@ -258,9 +269,11 @@ def test_a_pointer_that_cannot_be_read_is_named(folder, data):
 # --- the content -------------------------------------------------------------------------------------------
 
 
-def test_a_rerun_changes_nothing(storage):
+def test_a_rerun_changes_nothing(storage, monkeypatch):
+    """It neither extracts nor writes."""
     first = refresh(storage)
     before = {key: storage.get_versioned(key) for key in storage.list("")}
+    monkeypatch.setattr("encode.interests.snapshots.extract", None)
     assert refresh(Dying(storage, 1, after=False)) == first  # it would die at its first write
     assert {key: storage.get_versioned(key) for key in storage.list("")} == before
 

@@ -257,9 +257,10 @@ def test_unknown_settings_are_refused(space, files):
         load_model(files | {"model.json": json.dumps(card).encode()}, "over here")
 
 
-def test_tables_of_another_length_are_refused(space):
-    short = dataclasses.replace(space, embedding=space.embedding[:-1], key=space.key[:-1])
-    with pytest.raises(ArtifactError, match="over here: 6 embeddings for a vocabulary of 7"):
+@pytest.mark.parametrize("table", ["embedding", "key"])
+def test_tables_of_another_length_are_refused(space, table):
+    short = dataclasses.replace(space, **{table: getattr(space, table)[:-1]})
+    with pytest.raises(ArtifactError, match=r"over here: \d embeddings for a vocabulary of 7"):
         load_space(short.files, "over here")
 
 

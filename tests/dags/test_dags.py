@@ -1,0 +1,147 @@
+"""The DAGs as files, and in one process without a scheduler."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from encode import steps
+from encode.config import Places, load_config
+from encode.stack.components import REGION
+
+ROOT = Path(__file__).parents[2]
+DAGS = ROOT / "dags"
+SMALL = ROOT / "tests" / "samples" / "small.yaml"
+NAMES = ["encode_refresh", "encode_release", "encode_train", "encode_validate"]
+
+PARSE = """
+import json, sys, time
+from airflow.dag_processing.dagbag import DagBag
+began = time.monotonic()
+bag = DagBag(sys.argv[1])
+seconds = time.monotonic() - began
+heavy = [name for name in ("torch", "mlflow", "great_expectations", "pandas", "numba", "boto3") if name in sys.modules]
+dags = {
+    name: {
+        "docs": bool(dag.doc_md) and all(task.doc_md for task in dag.tasks),
+        "params": {key: dag.params.get_param(key).schema for key in dag.params},
+        "retry": [type(task.retry_policy).__name__ for task in dag.tasks],
+        "outlets": sorted(asset.name for task in dag.tasks for asset in task.outlets),
+    }
+    for name, dag in bag.dags.items()
+}
+print("PARSED " + json.dumps({"errors": bag.import_errors, "seconds": seconds, "heavy": heavy, "dags": dags}))
+"""
+
+
+@pytest.fixture(scope="module")
+def airflow_environment(tmp_path_factory):
+    """A migrated Airflow home."""
+    home = tmp_path_factory.mktemp("airflow")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "AIRFLOW_", "MLFLOW_"))},
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "PYTHONPATH": str(DAGS),  # as Airflow's own processes have it
+        "PYTHONWARNINGS": "ignore",
+    }
+    airflow = [sys.executable, "-m", "airflow", "db", "migrate"]
+    subprocess.run(airflow, env=environment, check=True, capture_output=True, timeout=300)
+    return environment
+
+
+def in_airflow(environment, *command, marker):
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=600
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(marker)]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix(marker))
+
+
+@pytest.fixture(scope="module")
+def parsed(airflow_environment):
+    return in_airflow(airflow_environment, "-c", PARSE, str(DAGS), marker="PARSED ")
+
+
+def test_parsing_is_quick_and_imports_nothing_heavy(parsed):
+    assert parsed["errors"] == {}
+    assert sorted(parsed["dags"]) == NAMES
+    assert parsed["heavy"] == []
+    assert parsed["seconds"] < 10  # of the 30 s that Airflow allows
+
+
+def test_every_dag_explains_itself_in_the_ui(parsed):
+    for dag in parsed["dags"].values():
+        assert dag["docs"]
+        for schema in dag["params"].values():
+            assert schema["title"]
+            assert schema.get("description") or schema["title"] == "Preset"
+
+
+def test_errors_of_ours_are_not_retried(parsed):
+    assert {tuple(dag["retry"]) for dag in parsed["dags"].values()} == {("ExceptionRetryPolicy",)}
+
+
+def test_assets_join_the_dags(parsed):
+    outlets = {name: dag["outlets"] for name, dag in parsed["dags"].items()}
+    assert outlets == {
+        "encode_validate": ["encode_behaviors"],
+        "encode_train": ["encode_candidate"],
+        "encode_refresh": ["encode_interests"],
+        "encode_release": [],
+    }
+
+
+def test_dags_are_thin():
+    for path in DAGS.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 100 if path.stem == "encode_wiring" else 80, path
+
+
+def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, object_store, mlflow_server):
+    prefix = f"dags-{secrets.token_hex(4)}"
+    places = Places(
+        store=f"s3://{object_store.bucket}/{prefix}",
+        endpoint_url=object_store.endpoint_url,
+        access_key=object_store.access_key,
+        secret_key=object_store.secret_key,
+        tracking_uri=mlflow_server,
+    )
+    steps.land(load_config(str(SMALL)), places, lambda _: None)
+    extra = {"endpoint_url": object_store.endpoint_url, "region": REGION, "prefix": prefix}
+    connections = {
+        "STORE": {
+            "conn_type": "generic",
+            "host": object_store.bucket,
+            "login": object_store.access_key,
+            "password": object_store.secret_key,
+            "extra": extra,
+        },
+        "MLFLOW": {"conn_type": "http", "host": mlflow_server},
+        "SERVING": {"conn_type": "http", "host": ""},
+    }
+    environment = airflow_environment | {
+        f"AIRFLOW_CONN_ENCODE_{name}": json.dumps(value) for name, value in connections.items()
+    }
+    script = Path(__file__).parent / "run_dags.py"
+    results = in_airflow(environment, str(script), str(DAGS), str(SMALL), marker="RESULTS ")
+    runs = [(run["dag"], run["state"]) for run in results["runs"]]
+    assert runs == [
+        ("encode_validate", "success"),
+        ("encode_validate", "failed"),
+        ("encode_train", "success"),
+        ("encode_refresh", "success"),
+        ("encode_release", "success"),
+        ("encode_train", "failed"),
+    ]
+    values = [run["value"] for run in results["runs"]]
+    assert values[0]["rows"] == 61_461
+    assert list(values[3]["snapshots"]) == [values[2]["space"]]
+    assert values[4]["outcome"] == "released"
+    assert values[4]["version"] == values[2]["version"]
+    assert object_store.secret_key not in json.dumps(results)

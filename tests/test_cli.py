@@ -1,0 +1,128 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = Path(__file__).parent / "samples" / "small.yaml"
+
+
+def encode(*arguments, cwd, **environment):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "ENCODE_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "encode.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The tiny preset, run once."""
+    folder = tmp_path_factory.mktemp("run")
+    began = time.monotonic()
+    done = encode("run", "--preset", "tiny", "--workdir", folder / "a", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout), time.monotonic() - began
+
+
+def test_run_needs_no_server_and_twice_gives_the_same_bytes(workdir):
+    folder, summary, _ = workdir
+    assert summary["release"]["outcome"] == "released"
+    assert summary["train"]["metrics"]["auc"] > 0.85  # planted interests are found
+    again = encode("run", "--preset", "tiny", "--workdir", folder / "b", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert files_of(folder / "a" / "store") == files_of(folder / "b" / "store")
+
+
+def test_score_and_explain_read_the_same_folder(workdir):
+    folder = workdir[0]
+    options = ("--preset", "tiny", "--workdir", folder / "a")
+    explained = json.loads(encode("explain", 1, *options, "--json", cwd=folder).stdout)
+    weights = [interest["weight"] for interest in explained["interests"]]
+    assert sum(weights) == pytest.approx(1)
+    assert weights == sorted(weights, reverse=True)
+    items = [interest["top_items"][0]["item_id"] for interest in explained["interests"]][:2]
+    scored = json.loads(
+        encode("score", "--user", 1, "--items", f"{items[0]},999999", *options, "--json", cwd=folder).stdout
+    )
+    assert scored["bundle"] == explained["bundle"]
+    assert scored["fallbacks"] == {"unknown_user": False, "unknown_items": [999999], "stale_snapshot": False}
+    told = encode("explain", 1, *options, "--item", items[0], cwd=folder)
+    assert "attention" in told.stdout
+    assert (
+        encode("score", "--user", 1, "--items", "5", *options, cwd=folder)
+        .stdout.splitlines()[0]
+        .startswith(" " * 11 + "5  0.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["run", "--preset", "nope", "--workdir", "x"], 2, "preset 'nope': unknown; have complete-journey, tiny"),
+        (["run", "--preset", "tiny"], 2, "--workdir"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+        (["validate", "--start", "soon", "--workdir", "x"], 2, "start: found 'soon', expected a day"),
+        (["validate", "--workdir", "x"], 2, "no days given"),
+        (["train", "--as-of", "2024-01-01", "--workdir", "x"], 1, "no validated day before 2024-01-01; validate"),
+        (["release", "--workdir", "x"], 0, ""),
+        (["rollback", "--workdir", "x"], 1, "there is no champion"),
+        (["score", "--user", "1", "--items", "a,b"], 2, "expected ids separated by commas"),
+        (
+            ["score", "--user", "1", "--items", "2", "--workdir", "x"],
+            1,
+            "no version of encode-ctr has the alias champion",
+        ),
+        (["score", "--user", "1", "--items", "2"], 2, "ENCODE_STORE is not set"),
+    ],
+)
+def test_a_users_mistake_gets_one_clear_line_and_no_traceback(tmp_path, arguments, status, message):
+    done = encode(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_is_gone_is_named(tmp_path):
+    done = encode(
+        *("score", "--user", 1, "--items", 2), cwd=tmp_path, ENCODE_STORE="x", ENCODE_SERVING_URL="http://127.0.0.1:9"
+    )
+    assert done.returncode == 1
+    assert "Is the stack up?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_file_is_refused_by_name(tmp_path):
+    (tmp_path / "log.parquet").write_bytes(b"PAR1 this is not Parquet")
+    (tmp_path / "mine.yaml").write_text("source: {reader: parquet, path: log.parquet}")
+    done = encode("run", "--preset", "mine.yaml", "--workdir", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "log.parquet" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_finishes(tmp_path):
+    command = [sys.executable, "-m", "encode.cli", "run", "--preset", str(SMALL), "--workdir", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("validated"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    done = encode("run", "--preset", SMALL, "--workdir", "out", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    validated = json.loads(done.stdout)["validate"]
+    assert validated["unchanged"] > 0
+    assert validated["accepted"] + validated["rejected"] == 61_461
