@@ -16,7 +16,8 @@ def main(folder, preset):
 
     def run(dag_id, **options):
         conf = {"preset": preset, **options.pop("conf", {})}
-        done = bag.dags[dag_id].test(run_conf=conf, **options)
+        # Read anew: a test run leaves its conf in the params of its DAG object.
+        done = DagBag(folder).dags[dag_id].test(run_conf=conf, **options)
         task = done.get_task_instances()[0]
         value = task.xcom_pull(task_ids=task.task_id) if task.state == "success" else None
         results["runs"].append({"dag": dag_id, "state": done.state, "value": value, "tries": task.try_number})
@@ -30,7 +31,7 @@ def main(folder, preset):
     run("encode_release")
     # A run with a date has an interval of zero length here, which is not a window.
     run("encode_train", logical_date=datetime(2018, 1, 1, tzinfo=UTC))
-    sys.stdout.flush(); print("RESULTS " + json.dumps(results, default=str))
+    print("RESULTS " + json.dumps(results, default=str))
 
 
 if __name__ == "__main__":
