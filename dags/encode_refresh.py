@@ -13,7 +13,18 @@ from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
 
-from encode_wiring import BEHAVIORS, CANDIDATE, DEFAULTS, INTERESTS, day_param, places, preset_param, window
+from encode_wiring import (
+    BEHAVIORS,
+    CANDIDATE,
+    DEFAULTS,
+    INTERESTS,
+    config,
+    day_param,
+    made,
+    places,
+    preset_param,
+    window,
+)
 
 
 @dag(
@@ -37,8 +48,8 @@ def encode_refresh() -> None:
         from encode import steps
 
         days = window(context)
-        summary = steps.refresh(steps.load_config(context["params"]["preset"]), places(), days.end)
-        outlet_events[INTERESTS].extra = {"end": str(days.end)}
+        summary = steps.refresh(config(context), places(), days.end)
+        outlet_events[INTERESTS].extra = made(context, end=str(days.end))
         return summary
 
     refresh()

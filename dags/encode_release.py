@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
 
-from encode_wiring import DEFAULTS, INTERESTS, places, preset_param
+from encode_wiring import DEFAULTS, INTERESTS, config, places, preset_param
 
 
 @dag(
@@ -33,7 +33,7 @@ def encode_release() -> None:
     def release(**context):
         from encode import steps
 
-        return steps.release(steps.load_config(context["params"]["preset"]), places())
+        return steps.release(config(context), places())
 
     release()
 

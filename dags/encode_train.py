@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
 
-from encode_wiring import CANDIDATE, DEFAULTS, day_param, places, preset_param, schedule, window
+from encode_wiring import CANDIDATE, DEFAULTS, config, day_param, made, places, preset_param, schedule, window
 
 
 @dag(
@@ -36,8 +36,8 @@ def encode_train() -> None:
         from encode import steps
 
         days = window(context)
-        summary = steps.train(steps.load_config(context["params"]["preset"]), places(), days.end)
-        outlet_events[CANDIDATE].extra = {"end": str(days.end), "version": summary["version"]}
+        summary = steps.train(config(context), places(), days.end)
+        outlet_events[CANDIDATE].extra = made(context, end=str(days.end), version=summary["version"])
         return summary
 
     train()

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from airflow.sdk import dag, task
 
-from encode_wiring import BEHAVIORS, DEFAULTS, RAW, day_param, places, preset_param, schedule, window
+from encode_wiring import BEHAVIORS, DEFAULTS, RAW, config, day_param, made, places, preset_param, schedule, window
 
 
 @dag(
@@ -38,8 +38,8 @@ def encode_validate() -> None:
         from encode import steps
 
         days = window(context)
-        summary = steps.validate(steps.load_config(context["params"]["preset"]), places(), days)
-        outlet_events[BEHAVIORS].extra = {"start": str(days.start), "end": str(days.end)}
+        summary = steps.validate(config(context), places(), days)
+        outlet_events[BEHAVIORS].extra = made(context, start=str(days.start), end=str(days.end))
         return summary
 
     validate()

@@ -17,10 +17,12 @@ from airflow.sdk import (
     RetryRule,
 )
 
-from encode.config import Places, presets
+from encode.config import Config, Places, presets
 
 if TYPE_CHECKING:
     from encode.schema import Window
+
+DEFAULT_PRESET = os.environ.get("ENCODE_PRESET", "complete-journey")
 
 RAW = Asset("encode_raw")
 BEHAVIORS = Asset("encode_behaviors")
@@ -39,11 +41,12 @@ DEFAULTS: dict[str, Any] = {
 def preset_param() -> Param:
     """Return the field of the trigger form that names the settings."""
     return Param(
-        os.environ.get("ENCODE_PRESET", "complete-journey"),
-        type="string",
+        None,
+        type=["null", "string"],
         minLength=1,
         title="Preset",
-        description="Settings of the log: a preset of the package, or the path of a YAML file on the workers.",
+        description="Settings of the log: a preset of the package, or the path of a YAML file on the workers. "
+        f"Empty: that of what triggered the run, else {DEFAULT_PRESET} (ENCODE_PRESET).",
         examples=presets(),
     )
 
@@ -62,19 +65,40 @@ def schedule(variable: str, *assets: Asset) -> Any:
     return AssetOrTimeSchedule(timetable=timetable, assets=list(assets)) if assets else timetable
 
 
+def config(context: Any) -> Config:
+    """Load the settings of a run: of its preset, else of the preset of what triggered it, else of the default."""
+    from encode.steps import load_config
+
+    return load_config(_preset(context) or DEFAULT_PRESET)
+
+
 def window(context: Any) -> Window:
     """Resolve the days of a run of any type; see `encode.schema.resolve_window`."""
     from encode.schema import resolve_window
 
     params, run = context["params"], context["dag_run"]
-    events = [event.extra for events in context["triggering_asset_events"].values() for event in events]
     return resolve_window(
         params.get("start"),
         params.get("end") or params.get("as_of"),
         run.partition_key,
-        [event for event in events if event.get("end")],
+        [event for event in _events(context) if event.get("end")],
         (run.data_interval_start, run.data_interval_end),
     )
+
+
+def made(context: Any, **facts: str) -> dict[str, str]:
+    """Return what an asset event says, so that the runs that it triggers use the same settings."""
+    preset = _preset(context)
+    return facts | ({"preset": preset} if preset else {})
+
+
+def _preset(context: Any) -> str | None:
+    named = [event["preset"] for event in _events(context) if event.get("preset")]
+    return context["params"].get("preset") or next(iter(named), None)
+
+
+def _events(context: Any) -> list[dict[str, Any]]:
+    return [event.extra for events in context["triggering_asset_events"].values() for event in events]
 
 
 def places() -> Places:
