@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install run test check down clean status
 
@@ -17,7 +19,10 @@ $(STAMP): requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned requirements into $(VENV), 2 to 4 minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -r requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt 2>$(VENV)/pip.err \
+	  | awk '/^Collecting/ && ++n % 25 == 0 { print "  " n " packages found"; fflush() } \
+	         /^Installing/ { print "  unpacking " n " packages"; fflush() }' \
+	  || { cat $(VENV)/pip.err; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 

@@ -57,11 +57,11 @@ class Storage(Protocol):
         ...
 
     def create(self, key: str, data: bytes) -> None:
-        """Write the object if there is none. Raises LostRace when there is."""
+        """Write the object if there is none. Raises LostRace when there is; equal bytes may count as written."""
         ...
 
     def replace(self, key: str, data: bytes, version: str) -> None:
-        """Write the object if it still has `version`. Raises LostRace when it has not."""
+        """Write the object if it still has `version`. Raises LostRace when it has not; equal bytes may count too."""
         ...
 
     def list(self, prefix: str) -> list[str]:
@@ -271,8 +271,6 @@ class S3Storage:
         except ClientError as error:
             # 412 and 404: somebody else was first. 409: at the same time; the caller reads again either way.
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in (404, 409, 412):
-                raise
-            if error.response.get("Error", {}).get("Code") == "NoSuchBucket":
                 raise
             # A retried PUT can meet its own first success.
             found = self.get_versioned(key)

@@ -27,6 +27,19 @@ SMALL = str(Path(__file__).parent / "samples" / "small.yaml")
 WINDOW = Window(date(2017, 9, 3), date(2018, 1, 1))
 USER, ITEMS = 653, [1082185, 6534178, 995242]
 
+LOAD = """
+import sys
+from encode.config import Places, RegistryConfig
+from encode.registry import CHAMPION, Registry
+from encode.serving.release import loaded
+
+places = Places.from_environment()
+registry = Registry(places, RegistryConfig(model_name=sys.argv[1]))
+with loaded(registry, places, registry.by_alias(CHAMPION)) as bundle:
+    print(bundle.id)
+assert "encode.serving.pyfunc" not in sys.modules
+"""
+
 
 def quiet(line):
     pass
@@ -180,13 +193,6 @@ def test_plain_mlflow_scores_the_same(config, released, tmp_path):
 def test_our_server_needs_no_model_code(config, released, tmp_path):
     """Loading a release must work where MLflow is told never to execute what an artifact holds."""
     places = released["places"]
-    code = (
-        "import sys; from encode.config import Places; from encode.registry import Registry, CHAMPION\n"
-        "from encode.config import RegistryConfig; from encode.serving.release import loaded\n"
-        f"places = Places.from_environment(); registry = Registry(places, RegistryConfig(model_name={config.registry.model_name!r}))\n"
-        "with loaded(registry, places, registry.by_alias(CHAMPION)) as bundle: print(bundle.id)\n"
-        "assert 'encode.serving.pyfunc' not in sys.modules\n"
-    )
     environment = {
         **os.environ,
         "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
@@ -196,13 +202,15 @@ def test_our_server_needs_no_model_code(config, released, tmp_path):
         "AWS_ACCESS_KEY_ID": places.access_key,
         "AWS_SECRET_ACCESS_KEY": places.secret_key.get_secret_value(),
     }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == released["release"]["bundle"], done.stderr
+    command = [sys.executable, "-c", LOAD, config.registry.model_name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == released["release"]["bundle"]
 
 
 def test_a_second_log_may_not_share_the_store(config, released):
     other = config.model_copy(update={"name": "other"})
-    with pytest.raises(ConfigError, match='found {"log":"small"}, this preset is {"log":"other"}'):
+    with pytest.raises(ConfigError, match=r'found \{"log":"small"\}, this preset is \{"log":"other"\}'):
         steps.land(other, released["places"], quiet)
 
 

@@ -188,7 +188,6 @@ def _update(
                 farthest = i
         if farthest < 0:
             continue
-        similarity[farthest] = np.float32(1.0)
         sizes[labels[farthest]] -= 1
         for d in range(P):
             sums[labels[farthest], d] -= x[farthest, d]

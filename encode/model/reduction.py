@@ -12,6 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+_SAME = 1e-6
+"""Differences of cosines below this are rounding, not an order."""
+
 
 def random_projection(embedding_dim: int, projected_dim: int, generator: torch.Generator) -> Float[Tensor, "D P"]:
     """Return a Gaussian random projection with E ||W^T e||^2 = ||e||^2 (Johnson-Lindenstrauss), the start of W_h."""
@@ -61,7 +64,7 @@ def dynamic_triplet_loss(
     if len(original) == 0:
         return projected.sum() * 0
     gap = _distance_gap(original.detach())
-    order = torch.sign(gap)
+    order = torch.sign(gap) * (gap.abs() > _SAME)
     kept = order * _distance_gap(projected)
     alpha = margin_weight * (gap.abs() if margin == "dynamic" else torch.ones_like(gap))
     return (F.relu(alpha - kept) * (order != 0)).mean()

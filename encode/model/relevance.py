@@ -52,7 +52,8 @@ def attend(
 
     With a prior of log n_m this is exact full attention when all keys of a cluster coincide with its center:
     sum_{i in m} exp(q k_i) = n_m exp(q c_m). If keys lie within eps of their center, each logit moves by at most
-    delta = scale * eps and the result by at most (e^(2 delta) - 1) max |v|, whatever the length of the history.
+    delta = scale * eps and the result by at most (e^(2 delta) - 1) max |v|, whatever the length of the history, for
+    values pooled by the mean; pooled by relevance, the exponent is 2 delta + scale * eps^2 / 2.
 
     Args:
         query: unit vectors h_t.

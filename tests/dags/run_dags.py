@@ -22,8 +22,7 @@ def main(folder, preset):
         value = task.xcom_pull(task_ids=task.task_id) if task.state == "success" else None
         results["runs"].append({"dag": dag_id, "state": done.state, "value": value, "tries": task.try_number})
 
-    # A manual run with days, a run with neither days nor a date, and runs that name the end only. Airflow would skip all
-    # tasks of a run whose date is before the DAG's start, and call that success.
+    # A manual run with days, a run with neither days nor a date, and runs that name the end only.
     run("encode_validate", conf={"start": "2017-09-03", "end": "2018-01-01"})
     run("encode_validate")
     run("encode_train", conf={"as_of": "2018-01-01"})

@@ -25,13 +25,16 @@ began = time.monotonic()
 bag = DagBag(sys.argv[1])
 seconds = time.monotonic() - began
 heavy = [name for name in ("torch", "mlflow", "great_expectations", "pandas", "numba", "boto3") if name in sys.modules]
+
+
+def shown(param):
+    return {"title": param.schema["title"], "description": param.description}
+
+
 dags = {
     name: {
         "docs": bool(dag.doc_md) and all(task.doc_md for task in dag.tasks),
-        "params": {
-            key: {"title": dag.params.get_param(key).schema["title"], "description": dag.params.get_param(key).description}
-            for key in dag.params
-        },
+        "params": {key: shown(dag.params.get_param(key)) for key in dag.params},
         "retry": [type(task.retry_policy).__name__ for task in dag.tasks],
         "outlets": sorted(asset.name for task in dag.tasks for asset in task.outlets),
     }
