@@ -8,10 +8,10 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check down clean status
+.PHONY: help install run test check bench-cluster down clean status
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv and install the pinned requirements
 
@@ -39,6 +39,9 @@ check: $(STAMP) ## format, lint and type check
 
 status: ## show the state of the local stack
 	@$(BIN)/encode stack status
+
+bench-cluster: $(STAMP) ## behaviors clustered a second, against scikit-learn
+	@$(BIN)/python -m benchmarks.cluster
 
 down: ## stop the local stack; data stay
 	@test ! -x $(BIN)/encode || $(BIN)/encode stack down

@@ -276,6 +276,9 @@ def plot_report(report: Mapping[str, Any]) -> Figure:
     right.plot([one["up_to"] for one in lengths], [one["auc"] for one in lengths], "o-")
     right.set(xlabel="behaviors in the history (upper end of a tenth)", ylabel="AUC", title="AUC by history length")
     right.set_xscale("symlog")
+    shown = [one["up_to"] for one in lengths]
+    right.set_xticks(shown[::3], [f"{one:,}" for one in shown[::3]])
+    right.set_xticks([], minor=True)
     return figure
 
 

@@ -1,0 +1,1 @@
+"""Every performance claim is a command here, and compares in one run."""
