@@ -9,14 +9,12 @@ made twice, and the pointer never goes back to an earlier day.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from airflow.sdk import dag, task
 
 from encode_wiring import (
     BEHAVIORS,
     CANDIDATE,
-    DEFAULTS,
+    COMMON,
     INTERESTS,
     config,
     day_param,
@@ -29,16 +27,12 @@ from encode_wiring import (
 
 @dag(
     schedule=(BEHAVIORS | CANDIDATE),
-    start_date=datetime(2000, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=DEFAULTS,
     params={
         "preset": preset_param(),
         "as_of": day_param("As of", "Behaviors before this day are used. Empty: the end of what triggered the run."),
     },
     doc_md=__doc__,
-    tags=["encode"],
+    **COMMON,
 )
 def encode_refresh() -> None:
     """Wire the step."""

@@ -9,22 +9,16 @@ champion goes on serving. Where nothing is to be released, serving is brought up
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from airflow.sdk import dag, task
 
-from encode_wiring import DEFAULTS, INTERESTS, config, places, preset_param
+from encode_wiring import COMMON, INTERESTS, config, places, preset_param
 
 
 @dag(
     schedule=[INTERESTS],
-    start_date=datetime(2000, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=DEFAULTS,
     params={"preset": preset_param()},
     doc_md=__doc__,
-    tags=["encode"],
+    **COMMON,
 )
 def encode_release() -> None:
     """Wire the step."""

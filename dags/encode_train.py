@@ -8,25 +8,19 @@ Nothing serves it yet: its interests are refreshed next, then it is judged by it
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from airflow.sdk import dag, task
 
-from encode_wiring import CANDIDATE, DEFAULTS, config, day_param, made, places, preset_param, schedule, window
+from encode_wiring import CANDIDATE, COMMON, config, day_param, made, places, preset_param, schedule, window
 
 
 @dag(
     schedule=schedule("ENCODE_TRAIN_SCHEDULE"),
-    start_date=datetime(2000, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=DEFAULTS,
     params={
         "preset": preset_param(),
         "as_of": day_param("As of", "Behaviors before this day are used. Empty: the end of the scheduled interval."),
     },
     doc_md=__doc__,
-    tags=["encode"],
+    **COMMON,
 )
 def encode_train() -> None:
     """Wire the step."""

@@ -9,26 +9,20 @@ already are left alone. Owners of a log trigger this DAG by an event of the asse
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from airflow.sdk import dag, task
 
-from encode_wiring import BEHAVIORS, DEFAULTS, RAW, config, day_param, made, places, preset_param, schedule, window
+from encode_wiring import BEHAVIORS, COMMON, RAW, config, day_param, made, places, preset_param, schedule, window
 
 
 @dag(
     schedule=schedule("ENCODE_VALIDATE_SCHEDULE", RAW),
-    start_date=datetime(2000, 1, 1, tzinfo=UTC),
-    catchup=False,
-    max_active_runs=1,
-    default_args=DEFAULTS,
     params={
         "preset": preset_param(),
         "start": day_param("First day", "Empty: the day before the end, or the days that triggered the run."),
         "end": day_param("End", "The first day that is not validated. Empty: the day after the first day."),
     },
     doc_md=__doc__,
-    tags=["encode"],
+    **COMMON,
 )
 def encode_validate() -> None:
     """Wire the step."""

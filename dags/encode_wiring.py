@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import (
@@ -29,13 +29,22 @@ BEHAVIORS = Asset("encode_behaviors")
 CANDIDATE = Asset("encode_candidate")
 INTERESTS = Asset("encode_interests")
 
-DEFAULTS: dict[str, Any] = {
-    "retries": 3,
-    "retry_delay": timedelta(seconds=30),
-    "retry_exponential_backoff": True,
-    # What the library raises on purpose cannot be cured by trying again; the network and the store can.
-    "retry_policy": ExceptionRetryPolicy([RetryRule("encode.errors.EncodeError", RetryAction.FAIL)]),
+COMMON: dict[str, Any] = {
+    "start_date": datetime(
+        2000, 1, 1, tzinfo=UTC
+    ),  # Airflow skips the tasks of a run before it, and calls that success
+    "catchup": False,
+    "max_active_runs": 1,
+    "tags": ["encode"],
+    "default_args": {
+        "retries": 3,
+        "retry_delay": timedelta(seconds=30),
+        "retry_exponential_backoff": True,
+        # What the library raises on purpose cannot be cured by trying again; the network and the store can.
+        "retry_policy": ExceptionRetryPolicy([RetryRule("encode.errors.EncodeError", RetryAction.FAIL)]),
+    },
 }
+"""What every DAG is given."""
 
 
 def preset_param() -> Param:
