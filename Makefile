@@ -1,6 +1,7 @@
-# `make help` lists the targets. Settings: PRESET, PYTHON, ENCODE_HOME.
+# `make help` lists the targets. Settings: PRESET, PYTHON, ENCODE_HOME, TORCH_INDEX (where pip finds CPU wheels of torch).
 PYTHON ?= python3.11
 PRESET ?= complete-journey
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -19,6 +20,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned requirements into $(VENV), 2 to 4 minutes"
+	@test -z "$(TORCH_INDEX)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.txt)"
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt 2>$(VENV)/pip.err \
 	  | awk '/^Collecting/ && ++n % 25 == 0 { print "  " n " packages found"; fflush() } \
 	         /^Installing/ { print "  unpacking " n " packages"; fflush() }' \

@@ -120,6 +120,7 @@ def places() -> Places:
         region=extra.get("region", "us-east-1"),
         access_key=store.login,
         secret_key=store.password,
+        single_writer=bool(extra.get("single_writer")),
         tracking_uri=mlflow.host,
         serving_url=serving.host,
     )

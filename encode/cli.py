@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ENCODE_DEBUG") or not _from_outside(error):
             raise
         text = " ".join(str(error).split())
-        print(f"error: {type(error).__name__}: {text}\nIs the stack up? See `encode stack status`.", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {text}", file=sys.stderr)
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+            print("Is the stack up? See `encode stack status`.", file=sys.stderr)
         return 1
     return 0
 
@@ -292,6 +294,8 @@ def _explain(options: argparse.Namespace) -> None:
         print(
             f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}"
         )
+    if answer.get("unknown_item"):
+        print(f"item {options.item} is unknown: its attention is that of an average new item")
     _print_origin(answer)
 
 

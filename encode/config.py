@@ -163,6 +163,8 @@ class ReleaseConfig(Section):
 
     min_auc: Share = 0.6
     min_gauc: Share = 0.55
+    min_auc_first_time: Share = 0.55
+    """AUC among items that the user never had before: repeats are easy where negatives are never from the past."""
     max_logloss: Annotated[float, Field(gt=0)] = 0.6
     calibration: tuple[float, float] = (0.8, 1.25)
     """Mean predicted over mean observed, lowest and highest allowed."""
@@ -170,6 +172,12 @@ class ReleaseConfig(Section):
     """Share of the test window's users that the snapshot must hold."""
     max_auc_loss: Share = 0.002
     """AUC that a candidate may lose to the champion, both measured on the candidate's test window."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.calibration[0] > self.calibration[1]:
+            raise ValueError(f"calibration: lowest {self.calibration[0]} is above highest {self.calibration[1]}")
+        return self
 
 
 class RegistryConfig(Section):
@@ -212,7 +220,10 @@ def load_config(preset: str) -> Config:
         path = Path(preset)
         if not path.is_file():
             raise ConfigError(f"preset {preset}: no such file")
-        text, folder = path.read_text(encoding="utf-8-sig"), path.absolute().parent
+        try:
+            text, folder = path.read_text(encoding="utf-8-sig"), path.absolute().parent
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"preset {preset}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     elif preset in presets():
         text, folder = (resources.files("encode") / "presets" / f"{preset}.yaml").read_text(), None
     else:

@@ -52,7 +52,7 @@ def pass_gates(
 ) -> dict[str, Any]:
     """Judge a candidate; a refusal is noted on its version so that it is not tried again.
 
-    The champion is measured anew on the candidate's test days, so that both saw the same impressions.
+    Champion and candidate are both measured anew on the candidate's test days, on the same impressions.
 
     Returns:
         Each gate's value.
@@ -68,6 +68,7 @@ def pass_gates(
     gates = [
         Gate("auc", metrics["auc"], lowest=limits.min_auc),
         Gate("gauc", metrics["gauc"], lowest=limits.min_gauc),
+        Gate("auc_first_time", metrics["auc_first_time"], lowest=limits.min_auc_first_time),
         Gate("logloss", metrics["logloss"], highest=limits.max_logloss),
         Gate("calibration", metrics["calibration"], *limits.calibration),
         Gate("coverage", coverage(histories, test, bundle), lowest=limits.min_coverage),
@@ -75,8 +76,9 @@ def pass_gates(
     if champion is not None:
         old_card, reader = load_model(registry.files(champion), f"version {champion.number}")
         old = evaluate(read_space(storage, old_card.space), reader, histories, test, config.training)
-        say(f"champion version {champion.number} on the candidate's test days: auc {old['auc']:.4f}")
-        gates.append(Gate("auc_over_champion", metrics["auc"] - old["auc"], lowest=-limits.max_auc_loss))
+        new = evaluate(bundle.space, bundle.reader, histories, test, config.training)
+        say(f"on the same days: champion version {champion.number} auc {old['auc']:.4f}, candidate {new['auc']:.4f}")
+        gates.append(Gate("auc_over_champion", new["auc"] - old["auc"], lowest=-limits.max_auc_loss))
     for gate in gates:
         say(f"gate {'passed' if gate.passed else 'MISSED'}: {gate}")
     missed = [str(gate) for gate in gates if not gate.passed]

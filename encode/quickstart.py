@@ -119,7 +119,7 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     for dag, run in summary["runs"].items():
         say(f"{dag.removeprefix('encode_'):<10} {run['seconds'] or 0:>7.1f}  {_told(dag, run['result'])}")
     answer = summary["score"]
-    shown = ("auc", "gauc", "auc_first_time", "logloss", "calibration")
+    shown = ("auc", "auc_seen_before", "auc_first_time", "gauc", "logloss", "calibration")
     metrics = "  ".join(f"{name} {answer['metrics'][name]:.4f}" for name in shown)
     bundle = answer["bundle"]
     say("")

@@ -158,6 +158,9 @@ class Registry:
 
         wanted = model_digest(files)
         if existing := self._find(wanted):
+            champion = self.by_alias(CHAMPION)
+            if REFUSED not in existing.tags and (champion is None or champion.number != existing.number):
+                self.point(CANDIDATE, existing)
             return existing
         experiment = self._experiment()
         report = read_report(files)
@@ -182,11 +185,11 @@ class Registry:
             mlflow.log_figure(plot_report(report), "report.png")
             number = self._log_model(files)
         for name, value in {
-            "encode.model": wanted,
             "encode.space": card.space,
             "encode.as_of": str(card.as_of),
             "encode.run": run.info.run_id,
             "encode.git_commit": git_commit(),
+            "encode.model": wanted,  # last: by it a version is found again, so it must be whole
         }.items():
             self._client.set_model_version_tag(self._config.model_name, number, name, value)
         version = self.by_number(number)

@@ -146,6 +146,7 @@ def release(config: Config, places: Places, say: Say = print) -> Summary:
     Raises:
         QualityError: the candidate misses a gate; the champion still serves.
         ArtifactError: the bundle cannot be loaded; the alias has not moved.
+        TimeoutError: the alias has moved, but serving has not followed yet.
     """
     from encode.gates import pass_gates
     from encode.registry import CANDIDATE, CHAMPION, PREVIOUS, REFUSED, Registry
@@ -177,6 +178,7 @@ def rollback(config: Config, places: Places, say: Say = print) -> Summary:
 
     Raises:
         QualityError: there is none.
+        TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it.
     """
     from encode.registry import CHAMPION, PREVIOUS, REFUSED, Registry
     from encode.serving.release import loaded, see_served

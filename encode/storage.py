@@ -69,15 +69,18 @@ class Storage(Protocol):
         ...
 
 
-def open_storage(places: Places) -> Storage:
+def open_storage(places: Places, writing: bool = True) -> Storage:
     """Open the store that `places.store` names: `s3://bucket[/prefix]`, or a folder.
+
+    A store that will be written to is probed once; reading needs no more than the right to read.
 
     Raises:
         ConfigError: the URI is neither, or the store ignores conditional writes.
     """
     if places.store.startswith("s3://"):
         storage = S3Storage(places)
-        storage.probe()
+        if writing:
+            storage.probe()
         return storage
     if "://" in places.store and not places.store.startswith("file://"):
         raise ConfigError(f"store: found {places.store!r}, expected s3://bucket[/prefix] or a folder")
@@ -238,7 +241,8 @@ class S3Storage:
                 self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
         raise ConfigError(
             f"store {self.uri} at {self._places.endpoint_url}: it ignores If-None-Match on PUT, so publishing is not "
-            "safe; expected status 412. Use another store, or set ENCODE_SINGLE_WRITER=1 if only one process publishes"
+            "safe; expected status 412. Use another store, or set ENCODE_SINGLE_WRITER=1 (in Airflow, `single_writer` "
+            "in the extra of the connection encode_store) if only one process publishes"
         )
 
     def get(self, key: str) -> bytes:
@@ -321,8 +325,8 @@ class Manifest(BaseModel):
         return canonical_json(self.model_dump(mode="json"))
 
     def digest(self) -> str:
-        """Return the digest that names this output wherever another output was made from it."""
-        return digest(self.to_bytes())
+        """Return the digest that names this output wherever another was made from it; the commit is not in it."""
+        return digest(canonical_json(self.model_dump(mode="json", exclude={"git_commit"})))
 
 
 def recipe(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str], seed: int | None = None) -> str:

@@ -20,6 +20,7 @@ from encode.config import Config, ModelConfig, TrainingConfig
 from encode.data.histories import Histories
 from encode.data.impressions import Splits, draw_impressions, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
+from encode.errors import DataError
 from encode.evaluate.metrics import curves, summary
 from encode.evaluate.replay import (
     Batch,
@@ -85,8 +86,7 @@ def train(histories: Histories, as_of: date, config: Config, say: Callable[[str]
     test = replays["test"].impressions
     metrics = summary(test.user, test.labels, probabilities, test.first_time)
     lengths = replays["test"].history_lengths()
-    best = max(epochs, key=lambda epoch: epoch["valid_gauc"])
-    metrics |= {name: value for name, value in best.items() if name.startswith("valid_")}
+    metrics |= {name: value for name, value in epochs[_best(epochs)].items() if name.startswith("valid_")}
     say("test: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "calibration")))
     settings = SpaceConfig(config.clustering, config.model.pooling, config.model.recent_length)
     return Trained(
@@ -157,14 +157,21 @@ def _fit(
             f"epoch {epoch + 1} of {training.num_epochs}: loss {losses['loss']:.4f}, triplet {losses['triplet']:.4f}, "
             f"valid auc {measured['auc']:.4f}, gauc {measured['gauc']:.4f} ({time.monotonic() - started:.0f} s)"
         )
-        scores = [e["valid_gauc"] for e in epochs]
-        if scores[-1] == max(scores):
+        if np.isnan(measured["gauc"]):
+            raise DataError("validation days: no user has both positives and negatives; give more days or users")
+        best_epoch = _best(epochs)
+        if best_epoch == epoch:
             best = copy.deepcopy((tables.state_dict(), reader.state_dict()))
-        elif len(scores) - 1 - int(np.argmax(scores)) >= training.patience:
+        elif epoch - best_epoch >= training.patience:
             break
     tables.load_state_dict(best[0])
     reader.load_state_dict(best[1])
     return epochs
+
+
+def _best(epochs: list[dict[str, float]]) -> int:
+    """Return the epoch with the highest validation GAUC, the first among equals."""
+    return int(np.argmax([epoch["valid_gauc"] for epoch in epochs]))
 
 
 def _run_epoch(

@@ -69,8 +69,11 @@ def split_days(window: Window, config: TrainingConfig) -> Splits:
 def draw_impressions(histories: Histories, days: Window, config: TrainingConfig, max_positives: int) -> Impressions:
     """Take the days' behaviors as positives and draw negatives for each, seeded.
 
-    A negative is drawn from the behaviors (popularity) or the items (uniform) before `days`, and is never an item
-    with which the user had a behavior up to the end of the impression's day. Later behaviors are not looked at.
+    A negative is drawn from the behaviors (popularity) or the items (uniform) before the impression's day, and is never
+    an item with which the user had a behavior up to the end of that day. Later behaviors are not looked at.
+
+    So an item that the user had before can only be a positive: where people repeat themselves, having seen it before is
+    most of the answer. `evaluate.metrics.summary` reports first-time items apart, and what that one bit is worth.
 
     Raises:
         DataError: the days hold no positive, or there is nothing before them to draw from.
@@ -137,15 +140,17 @@ def _draw_negatives(
     rng: np.random.Generator,
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Return a behavior row whose item is the negative, and whether one was found in time."""
-    pool = np.flatnonzero(histories.timestamps < day_start(days.start))
-    if len(pool) == 0:
-        raise DataError(f"days {days}: no behaviors before them to draw negatives from; give earlier days")
+    pool = np.argsort(histories.timestamps, kind="stable")
     if config.negative_sampling == "uniform":
-        pool = pool[np.unique(histories.item_ids[pool], return_index=True)[1]]
+        pool = pool[np.sort(np.unique(histories.item_ids[pool], return_index=True)[1])]
+    # How much of the pool, oldest first, is from before the impression's day.
+    size = np.searchsorted(histories.timestamps[pool], until - SECONDS_PER_DAY)
+    if not size.all():
+        raise DataError(f"days {days}: no behaviors before them to draw negatives from; give earlier days")
     rows = np.zeros(len(user), np.int64)
     left = np.arange(len(user))
     for _ in range(_MAX_REDRAWS):
-        rows[left] = pool[rng.integers(len(pool), size=len(left))]
+        rows[left] = pool[rng.integers(size[left])]
         left = left[seen.first_timestamp(user[left], seen.code_of[rows[left]]) < until[left]]
         if len(left) == 0:
             break

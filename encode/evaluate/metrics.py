@@ -68,12 +68,17 @@ def summary(
     probabilities: Floats,
     first_time: npt.NDArray[np.bool_],
 ) -> dict[str, float]:
-    """Return all metrics of a set of impressions; `*_first_time` leaves out items that the user had before."""
+    """Return all metrics of a set of impressions.
+
+    `*_first_time` leaves out items that the user had before; `auc_seen_before` is the AUC of that one bit alone, the
+    floor that any model must be held against where negatives are never from the user's past.
+    """
     return {
         "auc": auc(labels, probabilities),
         "gauc": gauc(users, labels, probabilities),
         "auc_first_time": auc(labels[first_time], probabilities[first_time]),
         "gauc_first_time": gauc(users[first_time], labels[first_time], probabilities[first_time]),
+        "auc_seen_before": auc(labels, 1.0 - first_time),
         "logloss": logloss(labels, probabilities),
         "calibration": calibration(labels, probabilities),
         "impressions": float(len(labels)),

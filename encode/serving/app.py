@@ -7,6 +7,7 @@ verified, and put in its place by one reference; requests under way finish on th
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,10 +25,13 @@ from encode.errors import EncodeError
 from encode.interests.snapshots import read_pointer
 from encode.registry import CHAMPION, Registry
 from encode.serving.bundle import Behavior, Bundle, load_bundle
+from encode.serving.local_snapshot import remove_snapshots
 from encode.storage import Storage, open_storage
 
 MAX_CANDIDATES = 5_000
 Id = Annotated[int, Field(gt=0, le=2**63 - 1)]
+StrictId = Annotated[int, Field(gt=0, le=2**63 - 1, strict=True)]
+_LOG = logging.getLogger("uvicorn.error")
 
 
 class Request(BaseModel):
@@ -39,7 +43,7 @@ class Request(BaseModel):
 class RecentBehavior(Request):
     """A behavior since the snapshot."""
 
-    item_id: Id
+    item_id: StrictId
     category_id: int = Field(0, ge=0, le=2**63 - 1)
     timestamp: int = Field(ge=0, le=2**63 - 1, description="UTC seconds")
 
@@ -47,8 +51,8 @@ class RecentBehavior(Request):
 class ScoreRequest(Request):
     """A user and the candidates to score."""
 
-    user_id: Id
-    item_ids: list[Id] = Field(min_length=1, max_length=MAX_CANDIDATES)
+    user_id: StrictId
+    item_ids: list[StrictId] = Field(min_length=1, max_length=MAX_CANDIDATES)
     category_ids: list[Annotated[int, Field(ge=0, le=2**63 - 1)]] | None = Field(
         None, description="of the items, in the same order: how an item outside the vocabulary is scored"
     )
@@ -92,13 +96,16 @@ class Follower:
     def _follow(self) -> None:
         while not self._stopping:
             self._wake.clear()
+            before, problem = self.error, None
             try:
                 self.look()
-                self.error = None
             except EncodeError as error:
-                self.error = str(error)
+                problem = str(error)
             except Exception as error:  # the network, the store, MLflow: keep serving and try again
-                self.error = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}"
+            self.error = problem
+            if problem and problem != before:
+                _LOG.warning("not following: %s", problem)
             self._wake.wait(self._seconds)
 
     def look(self) -> None:
@@ -107,7 +114,7 @@ class Follower:
         Raises:
             EncodeError: there is no champion, or its bundle cannot be loaded; the bundle in use stays.
         """
-        self._storage = self._storage or open_storage(self._places)
+        self._storage = self._storage or open_storage(self._places, writing=False)
         self._registry = self._registry or Registry(self._places, self._config)
         version = self._registry.by_alias(CHAMPION)
         if version is None:
@@ -119,6 +126,8 @@ class Follower:
                 return
         files = self._registry.files(version)
         self.bundle = load_bundle(self._storage, files, version.number, self._cache)
+        _LOG.info("serving bundle %s", self.bundle.describe())
+        remove_snapshots(self._cache, {one.pointer.snapshot for one in (held, self.bundle) if one})
 
 
 def create_app(
@@ -217,7 +226,7 @@ def create_app(
         if item_id is not None:
             for interest, weight in zip(found, bundle.attention(user_id, item_id) or [], strict=True):
                 interest["attention"] = weight
-            answer["item_id"] = item_id
+            answer |= {"item_id": item_id, "unknown_item": not bundle.knows(item_id)}
         return answer
 
     return app

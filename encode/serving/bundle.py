@@ -120,6 +120,10 @@ class Bundle:
         reading = read_user(self.reader, self.space.items, state_of(row, self.space), target)
         return [float(weight) for weight in reading.interest_weights[0][: len(row["size"])]]
 
+    def knows(self, item_id: int) -> bool:
+        """Tell whether an item has an embedding of its own."""
+        return bool(self.space.vocabulary.is_item(self._index([item_id], None))[0])
+
     def _index(self, item_ids: Sequence[int], category_ids: Sequence[int] | None) -> np.ndarray:
         categories = None if category_ids is None else np.array(category_ids, np.int64)
         index = self.space.vocabulary.index(np.array(item_ids, np.int64), categories)

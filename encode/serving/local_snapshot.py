@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,13 @@ class _MappedPart:
         place = int(np.searchsorted(self._starts, row, "right")) - 1
         batch = self._batches[place]
         return {name: batch.column(name)[row - int(self._starts[place])] for name in batch.schema.names}
+
+
+def remove_snapshots(cache: Path, kept: set[str]) -> None:
+    """Remove all fetched snapshots but those in use; what is mapped stays readable until it is let go."""
+    for folder in cache.glob("interests/*/*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch_snapshot(storage: Storage, prefix: str, manifest: Manifest, cache: Path) -> LocalSnapshot:

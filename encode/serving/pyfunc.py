@@ -39,7 +39,7 @@ class ScoringModel(PythonModel):  # type: ignore[misc]
         folder = Path(context.artifacts["model"])
         files = {name: (folder / name).read_bytes() for name in MODEL_FILES}
         cache = os.environ.get("ENCODE_CACHE") or tempfile.mkdtemp(prefix="encode-")
-        self.bundle: Bundle = load_bundle(open_storage(places), files, "pyfunc", Path(cache))
+        self.bundle: Bundle = load_bundle(open_storage(places, writing=False), files, "pyfunc", Path(cache))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

@@ -29,11 +29,13 @@ def loaded(registry: Registry, places: Places, version: Version) -> Iterator[Bun
 def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> str:
     """Ask serving to look at the registry now, and wait until it serves exactly this bundle.
 
+    A newer snapshot of the same model version, published meanwhile, is as good.
+
     Returns:
         The address of the serving process, or "no serving process" where none is configured.
 
     Raises:
-        ArtifactError: it still serves something else after two minutes; the message says what it reports.
+        TimeoutError: it still serves something else after two minutes; waiting again may cure it.
     """
     if not places.serving_url:
         say("no serving process is configured; the bundle was loaded and checked here")
@@ -45,12 +47,14 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> st
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:
             state = client.get("/v1/release").json()
-            if (state["bundle"] or {}).get("id") == bundle.id:
+            served = state["bundle"] or {"id": None, "model_version": None, "as_of": ""}
+            newer = served["model_version"] == bundle.model_version and served["as_of"] > str(bundle.pointer.as_of)
+            if served["id"] == bundle.id or newer:
                 return places.serving_url
             if time.monotonic() > until:
-                raise ArtifactError(
-                    f"{places.serving_url}: serves {state['bundle']}, expected bundle {bundle.id}; "
-                    f"its last error: {state['error']}"
+                raise TimeoutError(
+                    f"{places.serving_url}: serves {state['bundle']}, expected bundle {bundle.id}; its last error: "
+                    f"{state['error']}. The alias has moved and serving follows it by itself: do not roll back again"
                 )
             time.sleep(0.5)
 

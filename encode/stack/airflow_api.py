@@ -218,12 +218,10 @@ class AirflowClient:
         """
         began = time.monotonic()
         while time.monotonic() - began < timeout:
-            for run in reversed(self.runs(dag_id)):
+            # Airflow 3.3 cannot show the events of a run that has not started.
+            for run in reversed([run for run in self.runs(dag_id) if run["start_date"]]):
                 path = f"{_run_path(dag_id, run['dag_run_id'])}/upstreamAssetEvents"
-                answer = self._request("GET", path, accept=(500,))
-                if answer.status_code == 500:
-                    continue  # Airflow 3.3 cannot show the events of a run that has not started
-                events = _json(answer)["asset_events"]
+                events = _json(self._request("GET", path))["asset_events"]
                 if any(event["source_run_id"] == source_run_id for event in events):
                     return run
             time.sleep(POLL_INTERVAL)

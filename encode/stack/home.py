@@ -78,7 +78,7 @@ def make_folder(home: Path) -> None:
     if taken and not (home / "state.json").exists():
         raise ConfigError(
             f"{home}: found {', '.join(taken)} there but no state.json of ours, expected a new folder or one "
-            "that `encode up` made; choose another folder (ENCODE_HOME)"
+            "that `encode stack up` made; choose another folder (ENCODE_HOME)"
         )
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     home.chmod(0o700)
@@ -140,7 +140,7 @@ def credentials(home: Path) -> Credentials:
             return Credentials(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ArtifactError(
-                f"{path}: found {error}, expected the secrets of a local stack; `encode clean` makes a new start"
+                f"{path}: found {error}, expected the secrets of a local stack; `encode stack clean` makes a new start"
             ) from error
     made = Credentials(
         access_key=secrets.token_hex(10).upper(),
@@ -194,7 +194,7 @@ def locked(home: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 20, 0).decode().strip() or "unknown"
             raise ConfigError(
-                f"{home}: another `encode up`, `down` or `clean` (process {holder}) is at work there; wait for it"
+                f"{home}: another `encode stack up`, `down` or `clean` (process {holder}) is at work there; wait for it"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)

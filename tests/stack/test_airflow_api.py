@@ -127,14 +127,12 @@ def test_a_run_that_was_over_before_is_not_told_again(airflow, client):
 
 
 def test_the_run_that_an_asset_event_triggered_is_found(airflow, client):
-    runs = [{"dag_run_id": "old"}, {"dag_run_id": "new"}]
-    airflow.answers["GET", "/dags/d/dagRuns"] = [(200, {"dag_runs": runs})]
+    runs = [{"dag_run_id": "old", "start_date": "2026-01-01"}, {"dag_run_id": "new", "start_date": "2026-01-02"}]
+    queued = [{**runs[1], "start_date": None}, runs[0]]
+    airflow.answers["GET", "/dags/d/dagRuns"] = [(200, {"dag_runs": queued}), (200, {"dag_runs": runs[::-1]})]
     airflow.answers["GET", "/dags/d/dagRuns/old/upstreamAssetEvents"] = [(200, {"asset_events": []})]
-    # Airflow 3.3 answers 500 until the run has started.
-    airflow.answers["GET", "/dags/d/dagRuns/new/upstreamAssetEvents"] = [
-        (500, {}),
-        (200, {"asset_events": [{"source_run_id": "trained"}]}),
-    ]
+    events = [{"source_run_id": "trained"}]
+    airflow.answers["GET", "/dags/d/dagRuns/new/upstreamAssetEvents"] = [(200, {"asset_events": events})]
     assert client.wait_for_consumer("d", "trained", timeout=60)["dag_run_id"] == "new"
     with pytest.raises(EncodeError, match="no run was triggered by another"):
         client.wait_for_consumer("d", "another", timeout=0.1)
