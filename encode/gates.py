@@ -61,7 +61,7 @@ def pass_gates(
         QualityError: a gate is missed.
     """
     storage = open_storage(places)
-    card, _ = load_model(registry.files(candidate), f"version {candidate.number}")
+    card = bundle.card
     test = Window(card.as_of - timedelta(days=card.test_days), card.as_of)
     histories, _ = read_histories(storage, card.as_of, say=say)
     metrics, limits = card.metrics, config.release
@@ -94,6 +94,6 @@ def pass_gates(
 def coverage(histories: Histories, test: Window, bundle: Bundle) -> float:
     """Return the share of the test days' users that the bundle's snapshot holds."""
     active = (histories.timestamps >= day_start(test.start)) & (histories.timestamps < day_start(test.end))
-    users = np.unique(np.repeat(histories.user_ids, np.diff(histories.offsets))[active])
+    users = np.unique(histories.user_ids[histories.user_of[active]])
     held = sum(int(np.isin(users, ids, assume_unique=True).sum()) for ids in bundle.snapshot.user_ids())
     return held / max(len(users), 1)

@@ -16,7 +16,7 @@ from encode import __version__, steps
 from encode.config import Config, Places, load_config
 from encode.errors import EncodeError
 from encode.schema import fingerprint
-from encode.stack import Stack, up
+from encode.stack import Stack, down, status, up
 from encode.stack.airflow_api import AirflowClient
 from encode.stack.home import credentials
 
@@ -33,8 +33,6 @@ def quickstart(preset: str, home: Path, dags: Path, ports: Mapping[str, int], sa
     Raises:
         EncodeError: a component does not start, or a DAG run fails; the message holds the end of its log.
     """
-    from encode.stack import down, status
-
     config = load_config(preset)
     stood = any(one.pid for one in status(home))
     began = time.monotonic()
@@ -99,14 +97,15 @@ def _score(places: Places, config: Config, say: Say) -> dict[str, Any]:
     """Score the favorite items of the user with the most behaviors, through serving's HTTP."""
     from encode.registry import CHAMPION, Registry
     from encode.serving.client import interests, score
-    from encode.serving.release import busiest_user
+    from encode.serving.release import loaded
 
     registry = Registry(places, config.registry)
     champion = registry.by_alias(CHAMPION)
     if champion is None:
         raise EncodeError("quickstart: the DAGs succeeded but no version is champion; see encode_release in Airflow")
     say("scoring a real request")
-    user = busiest_user(places, champion)
+    with loaded(registry, places, champion) as bundle:
+        user = bundle.snapshot.busiest_user()
     liked = interests(places, config.registry, user)["interests"]
     items = [interest["top_items"][0]["item_id"] for interest in liked[:5]]
     answer = score(places, config.registry, user, items)

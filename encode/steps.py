@@ -21,7 +21,7 @@ from typing import Any
 from encode.config import Config, Places, load_config
 from encode.errors import QualityError
 from encode.schema import Window
-from encode.storage import open_log, read_manifest, read_parts, recipe, write_output
+from encode.storage import open_log, read_files, read_manifest, recipe, write_output
 
 Say = Callable[[str], None]
 Summary = dict[str, Any]
@@ -80,7 +80,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
             space = trained.space
             card, files = package(trained, histories, as_of, config)
         write_space(storage, space, inputs)
-        manifest = write_output(
+        write_output(
             storage,
             prefix,
             files,
@@ -94,8 +94,8 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         )
     else:
         say(f"model {made[:16]} is there already")
-    files = dict(zip([part.name for part in manifest.parts], read_parts(storage, prefix, manifest.parts), strict=True))
-    card, _ = load_model(files, f"{storage.uri}/{prefix}")
+        files = read_files(storage, prefix, manifest)
+        card, _ = load_model(files, f"{storage.uri}/{prefix}")
     version = Registry(places, config.registry).register(config, card, files, inputs, prefix)
     say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")
     return {

@@ -433,6 +433,12 @@ def read_parts(storage: Storage, prefix: str, parts: Sequence[Part]) -> list[byt
         return list(pool.map(lambda part: read_part(storage, prefix, part), parts))
 
 
+def read_files(storage: Storage, prefix: str, manifest: Manifest) -> dict[str, bytes]:
+    """Return all files of an output by name, checked."""
+    names = [part.name for part in manifest.parts]
+    return dict(zip(names, read_parts(storage, prefix, manifest.parts), strict=True))
+
+
 @cache
 def git_commit() -> str:
     """Return the commit of this code: ENCODE_GIT_COMMIT where an image was built from it, else what git says."""

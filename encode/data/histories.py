@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,11 @@ class Histories:
         """Return U, the number of users."""
         return len(self.user_ids)
 
+    @cached_property
+    def user_of(self) -> Ints:
+        """Place in `user_ids` of each behavior's user, [N]."""
+        return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
+
     def before(self, timestamp: int) -> Histories:
         """Return the behaviors strictly before `timestamp`; users who have none are left out."""
         kept = self.timestamps < timestamp
@@ -63,6 +69,13 @@ class Histories:
             self.behaviors[kept],
             self.behavior_names,
         )
+
+
+def rows_of(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """Return all rows of the ranges [begin, end), one range after the other, and where each of them starts."""
+    lengths = end - begin
+    offsets = np.append(0, np.cumsum(lengths))
+    return np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
 def to_histories(table: pa.Table) -> Histories:

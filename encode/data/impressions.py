@@ -117,7 +117,7 @@ class _FirstSeen:
     def __init__(self, histories: Histories) -> None:
         items, code_of = np.unique(histories.item_ids, return_inverse=True)
         self.code_of: Ints = code_of
-        self.user_of = np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
+        self.user_of = histories.user_of
         self._num_items = len(items)
         # Rows are in time order within a user, so the first row of a pair is its earliest.
         self._pairs, first = np.unique(self.user_of * self._num_items + self.code_of, return_index=True)

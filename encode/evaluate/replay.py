@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encode.config import ClusteringConfig
-from encode.data.histories import Histories
+from encode.data.histories import Histories, rows_of
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
 from encode.interests.kmeans import cluster
@@ -111,10 +111,9 @@ def make_replay(
 
 def _row_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
     """Return the row after the last behavior of each user strictly before each timestamp."""
-    user_of = np.repeat(np.arange(len(histories.user_ids)), np.diff(histories.offsets))
     start = min(histories.timestamps.min(initial=0), timestamp.min(initial=0))
     span = max(histories.timestamps.max(initial=0), timestamp.max(initial=0)) - start + 1
-    place = user_of * span + (histories.timestamps - start)
+    place = histories.user_of * span + (histories.timestamps - start)
     rows: Ints = np.searchsorted(place, user * span + (timestamp - start))
     return rows
 
@@ -123,7 +122,7 @@ def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: Cluste
     """Cluster every history of the replay with the keys of the moment, [V, P]; labels of each, in row order."""
     labels: list[Labels] = []
     for chosen in np.array_split(np.arange(len(replay.history_begin)), max(1, len(replay.history_begin) // 2048)):
-        rows, offsets = _rows(replay.history_begin[chosen], replay.history_end[chosen])
+        rows, offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
         flat = cluster(key[replay.behavior_index[rows]], offsets, replay.history_user_ids[chosen], config)
         labels += np.split(flat, offsets[1:-1])
     return labels
@@ -147,8 +146,8 @@ def batches(
     if rng is not None:
         rng.shuffle(order)
     for chosen in np.split(order, range(histories_per_batch, len(order), histories_per_batch)):
-        behavior_rows, history_offsets = _rows(replay.history_begin[chosen], replay.history_end[chosen])
-        rows, offsets = _rows(replay.impression_offsets[chosen], replay.impression_offsets[chosen + 1])
+        behavior_rows, history_offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
+        rows, offsets = rows_of(replay.impression_offsets[chosen], replay.impression_offsets[chosen + 1])
         lengths = np.diff(history_offsets)
         cluster_of = np.concatenate([labels[history] for history in chosen]).astype(np.int64)
         segment = np.repeat(np.arange(len(chosen)), lengths) * num_clusters + cluster_of
@@ -169,13 +168,6 @@ def batches(
             label=torch.from_numpy(replay.impressions.labels[rows].astype(np.float32)),
             rows=rows,
         )
-
-
-def _rows(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """Return all rows of the ranges, one after the other, and where each range starts."""
-    lengths = end - begin
-    offsets = np.append(0, np.cumsum(lengths))
-    return np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
 def _distinct(vocabulary_size: int, *indices: Ints) -> tuple[Ints, Ints]:

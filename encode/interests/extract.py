@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from encode.data.histories import rows_of
 from encode.interests.kmeans import cluster
 from encode.model.files import UserState, user_state
 from encode.model.relevance import pool_interests
@@ -61,8 +62,7 @@ def extract(histories: pa.RecordBatch, space: Space) -> pa.RecordBatch:
     np.maximum.at(newest, segment, timestamps)
     slots = _slots_by_size(size, num_clusters)
     interest_offsets = np.searchsorted(slots // num_clusters, np.arange(len(user_ids) + 1))
-    recent = _recent(offsets, space.config.recent_length)
-    recent_offsets = np.append(0, np.cumsum(np.minimum(np.diff(offsets), space.config.recent_length)))
+    recent, recent_offsets = _recent(offsets, space.config.recent_length)
     schema = interests_schema(key.shape[1], space.embedding.shape[1])
     columns = [
         user_ids,
@@ -103,11 +103,9 @@ def _slots_by_size(size: Ints, num_clusters: int) -> Ints:
     return slots[np.lexsort((slots, -size[slots], slots // num_clusters))]
 
 
-def _recent(offsets: Ints, length: int) -> Ints:
-    """Return the positions of each user's last `length` behaviors, oldest first."""
-    taken = np.minimum(np.diff(offsets), length)
-    starts = np.repeat(offsets[1:] - np.cumsum(taken), taken)
-    return starts + np.arange(taken.sum())
+def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:
+    """Return the positions of each user's last `length` behaviors, oldest first, and where each user's start."""
+    return rows_of(np.maximum(offsets[:-1], offsets[1:] - length), offsets[1:])
 
 
 def _top_items(segment: Ints, item_ids: Ints, slots: Ints) -> pa.ListArray:
@@ -123,10 +121,7 @@ def _top_items(segment: Ints, item_ids: Ints, slots: Ints) -> pa.ListArray:
     segment, item_ids = segment[order], item_ids[order]
     rank = np.arange(len(segment)) - np.searchsorted(segment, segment)
     segment, item_ids = segment[rank < _NUM_TOP_ITEMS], item_ids[rank < _NUM_TOP_ITEMS]
-    begin, end = np.searchsorted(segment, slots), np.searchsorted(segment, slots, "right")
-    lengths = end - begin
-    offsets = np.append(0, np.cumsum(lengths))
-    place = np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1])
+    place, offsets = rows_of(np.searchsorted(segment, slots), np.searchsorted(segment, slots, "right"))
     return _ragged(pa.array(item_ids[place]), offsets)
 
 

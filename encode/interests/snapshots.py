@@ -17,12 +17,12 @@ from datetime import date
 import numpy as np
 import pyarrow as pa
 
-from encode.data.histories import Histories
+from encode.data.histories import Histories, rows_of
 from encode.errors import ArtifactError
 from encode.interests.extract import extract
 from encode.model.space import SPACE_FILES, Space, load_space
 from encode.schema import HISTORIES, bucket_of, canonical_json
-from encode.storage import LostRace, Manifest, Storage, read_manifest, read_parts, recipe, write_output
+from encode.storage import LostRace, Manifest, Storage, read_files, read_manifest, recipe, write_output
 
 _USERS_PER_BATCH = 1024
 _PUBLISH_TRIES = 20
@@ -72,8 +72,7 @@ def read_space(storage: Storage, space_id: str) -> Space:
     manifest = read_manifest(storage, prefix)
     if manifest is None:
         raise ArtifactError(f"{storage.uri}/{prefix}: no such space; train a model first")
-    files = read_parts(storage, prefix, manifest.parts)
-    space = load_space(dict(zip([part.name for part in manifest.parts], files, strict=True)), f"{storage.uri}/{prefix}")
+    space = load_space(read_files(storage, prefix, manifest), f"{storage.uri}/{prefix}")
     return check_space(space, space_id, f"{storage.uri}/{prefix}")
 
 
@@ -166,10 +165,7 @@ def write_snapshot(
 
 def history_batch(histories: Histories, users: np.ndarray) -> pa.RecordBatch:
     """Return the histories of some users, given by position, as rows of `schema.HISTORIES`."""
-    begin, end = histories.offsets[users], histories.offsets[users + 1]
-    lengths = end - begin
-    offsets = np.append(0, np.cumsum(lengths))
-    place = np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1])
+    place, offsets = rows_of(histories.offsets[users], histories.offsets[users + 1])
     lists = [
         pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column[place]))
         for column in (histories.item_ids, histories.category_ids, histories.timestamps)

@@ -19,7 +19,7 @@ from encode.errors import ArtifactError
 from encode.interests.extract import state_of
 from encode.interests.snapshots import Pointer, read_pointer, read_space
 from encode.model.ctr import Reader
-from encode.model.files import UserState, check_mirror, load_model, model_digest, read_user
+from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest, read_user
 from encode.model.space import Space
 from encode.schema import UNKNOWN, digest
 from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
@@ -50,6 +50,7 @@ class Bundle:
 
     id: str
     model_version: str
+    card: ModelCard
     space: Space
     reader: Reader
     pointer: Pointer
@@ -165,6 +166,7 @@ def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str
     return Bundle(
         bundle_id(files, pointer),
         model_version,
+        card,
         space,
         reader,
         pointer,

@@ -33,7 +33,13 @@ class LocalSnapshot:
         return part.find(user_id)
 
     def busiest_user(self) -> int:
-        """Return the user with the most behaviors, the smallest id among equals."""
+        """Return the user with the most behaviors, the smallest id among equals: somebody worth looking at.
+
+        Raises:
+            ArtifactError: the snapshot holds nobody.
+        """
+        if not self.num_users:
+            raise ArtifactError("snapshot without users; refresh the space")
         return min((part.busiest() for part in self._parts if len(part.user_ids)), key=lambda one: (-one[0], one[1]))[1]
 
     def user_ids(self) -> Iterator[npt.NDArray[np.int64]]:

@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from encode.config import Places
-from encode.errors import ArtifactError
-from encode.interests.snapshots import read_pointer
 from encode.registry import Registry, Version
 from encode.serving.bundle import Bundle, load_bundle
-from encode.serving.local_snapshot import fetch_snapshot
-from encode.storage import open_storage, read_manifest
+from encode.storage import open_storage
 
 _TIMEOUT_SECONDS = 120
 
@@ -57,19 +54,3 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> st
                     f"{state['error']}. The alias has moved and serving follows it by itself: do not roll back again"
                 )
             time.sleep(0.5)
-
-
-def busiest_user(places: Places, version: Version) -> int:
-    """Return the user with the most behaviors in a version's current snapshot: somebody worth looking at.
-
-    Raises:
-        ArtifactError: its space has no snapshot, or an empty one.
-    """
-    storage = open_storage(places)
-    found = read_pointer(storage, version.space)
-    manifest = read_manifest(storage, f"interests/{version.space}/{found[0].snapshot}") if found else None
-    if found is None or manifest is None or not manifest.counts["users"]:
-        raise ArtifactError(f"interests/{version.space}: no snapshot with users; refresh the space")
-    prefix = f"interests/{version.space}/{found[0].snapshot}"
-    with tempfile.TemporaryDirectory(prefix="encode-") as cache:
-        return fetch_snapshot(storage, prefix, manifest, Path(cache)).busiest_user()
