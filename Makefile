@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster down clean status
+.PHONY: help install run test check bench-cluster bench-refresh down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -32,7 +32,13 @@ $(STAMP): requirements.txt pyproject.toml
 run: $(STAMP) ## start the local stack and run everything through Airflow on a real log
 	@exec $(BIN)/encode quickstart --preset $(PRESET)
 
-test: $(STAMP) ## run the whole suite, with real servers
+$(VENV)/installed-%: requirements-%.txt $(STAMP)
+	@echo "installing $< into $(VENV), up to a minute"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $< 2>$(VENV)/pip.err \
+	  || { cat $(VENV)/pip.err; exit 1; }
+	@touch $@
+
+test: $(VENV)/installed-spark ## run the whole suite, with real servers
 	@exec $(BIN)/python -m pytest
 
 check: $(STAMP) ## format, lint and type check
@@ -43,8 +49,11 @@ check: $(STAMP) ## format, lint and type check
 status: ## show the state of the local stack
 	@$(BIN)/encode stack status
 
-bench-cluster: $(STAMP) ## behaviors clustered a second, against scikit-learn
+bench-cluster: $(VENV)/installed-bench ## behaviors clustered a second, against scikit-learn, faiss and a limit in C
 	@$(BIN)/python -m benchmarks.cluster
+
+bench-refresh: $(VENV)/installed-bench ## refresh of 10 to 100 M behaviors, against sorting them (16 GB of disk, 7 minutes)
+	@$(BIN)/python -m benchmarks.refresh
 
 down: ## stop the local stack; data stay
 	@test ! -x $(BIN)/encode || $(BIN)/encode stack down

@@ -16,6 +16,7 @@ from airflow.sdk import (
     RetryAction,
     RetryRule,
 )
+from airflow.sdk.exceptions import AirflowNotFoundException
 
 from encode.config import Config, Places, presets
 
@@ -111,7 +112,7 @@ def _events(context: Any) -> list[dict[str, Any]]:
 
 
 def places() -> Places:
-    """Return where to read and write, from the connections encode_store, encode_mlflow and encode_serving."""
+    """Return where to read and write, from the connections encode_{store,mlflow,serving,spark}."""
     store, mlflow, serving = (Connection.get(f"encode_{name}") for name in ("store", "mlflow", "serving"))
     extra = store.extra_dejson
     return Places(
@@ -123,4 +124,17 @@ def places() -> Places:
         single_writer=bool(extra.get("single_writer")),
         tracking_uri=mlflow.host,
         serving_url=serving.host,
+        spark_master=_spark_master(),
+        scratch=os.environ.get("ENCODE_SCRATCH"),
     )
+
+
+def _spark_master() -> str | None:
+    """Return what the connection encode_spark names: `master` in its extra, or its host and port. It may be absent."""
+    try:
+        spark = Connection.get("encode_spark")
+    except AirflowNotFoundException:
+        return None
+    host = spark.host or ""
+    address = f"{'' if '://' in host else 'spark://'}{host}:{spark.port}" if spark.port else host
+    return spark.extra_dejson.get("master") or address or None

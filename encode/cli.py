@@ -99,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     refresh.add_argument("--as-of", metavar="DAY", required=True, help="use behaviors before this day")
     with_step(add("release", _release, "let the candidate serve if it passes its gates"))
     with_step(add("rollback", _rollback, "make the champion before this one serve again"))
+    erase = with_step(add("erase", _erase, "keep users out of everything that is made from now on"))
+    erase.add_argument("users", type=int, nargs="+", metavar="USER", help="user id")
     _add_serving(add, with_step)
     _add_stack(commands, add, with_step)
     return parser
@@ -249,6 +251,12 @@ def _rollback(options: argparse.Namespace) -> None:
     from encode import steps
 
     _show(options, steps.rollback(_config(options), _places(options), _say(options)))
+
+
+def _erase(options: argparse.Namespace) -> None:
+    from encode import steps
+
+    _show(options, steps.erase(_config(options), _places(options), options.users, _say(options)))
 
 
 # --- serving -----------------------------------------------------------------------------------------------

@@ -152,10 +152,23 @@ class TrainingConfig(Section):
 
 
 class RefreshConfig(Section):
-    """How a snapshot is laid out."""
+    """How histories are grouped and interests are refreshed. Only `engine` and `memory_gb` never change a byte."""
 
-    num_parts: Annotated[int, Field(gt=0, le=1000)] = 8
-    """Files of a snapshot; a user's file is a hash of the user id."""
+    engine: Literal["local", "spark"] = "local"
+    """Where the work runs; for `spark`, ENCODE_SPARK_MASTER says on which cluster."""
+    memory_gb: Annotated[float, Field(gt=0)] = 3.0
+    """Memory that the local engine may use, GiB; less of it lets fewer buckets be worked on at a time."""
+    rows_per_bucket: Annotated[int, Field(ge=1000)] = 2_000_000
+    """Behaviors of a bucket on average, at most; the number of buckets follows from it, a power of two."""
+    min_buckets: Positive = 8
+    """A user's bucket, and so the file of a snapshot, is a hash of the user id."""
+    max_deltas: Annotated[int, Field(ge=0)] = 8
+    """Files of changes that a bucket may have on top of its base before they are folded into one. 0 rebuilds always."""
+    max_delta_share: Share = 0.25
+    """Size of those files relative to the base before they are folded."""
+    max_drift: Annotated[float, Field(ge=0)] = 0.01
+    """How much worse interests warmed up from their last centers may be than made anew (relative inertia, of a sample
+    of the users that changed) before all are made anew."""
 
 
 class ReleaseConfig(Section):
@@ -280,10 +293,14 @@ class Places(Section):
     """Use a store that ignores conditional writes, on your word that only one process publishes."""
     tracking_uri: str | None = None
     serving_url: str | None = None
+    spark_master: str | None = None
+    """`spark://host:port`, `yarn`, `k8s://...`, `local-cluster[n,cores,MiB]`: for `refresh.engine: spark`."""
+    scratch: Path | None = None
+    """Folder for rows on their way to their buckets; None takes the system's folder for temporary files."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Read the variables that S3 and MLflow clients already read, ENCODE_STORE and ENCODE_SERVING_URL.
+        """Read the variables that S3 and MLflow clients already read, and those that begin with ENCODE_.
 
         Raises:
             ConfigError: ENCODE_STORE is not set.
@@ -305,10 +322,19 @@ class Places(Section):
             single_writer=get("ENCODE_SINGLE_WRITER") == "1",
             tracking_uri=get("MLFLOW_TRACKING_URI"),
             serving_url=get("ENCODE_SERVING_URL"),
+            **_engine_places(environment),
         )
 
     @classmethod
     def in_folder(cls, workdir: Path) -> Self:
-        """Return places inside one folder, without any server."""
+        """Return places inside one folder, without any server; engines are those of the environment."""
         root = workdir.absolute()
-        return cls(store=str(root / "store"), tracking_uri=f"sqlite:///{root / 'mlflow' / 'mlflow.db'}")
+        return cls(
+            store=str(root / "store"),
+            tracking_uri=f"sqlite:///{root / 'mlflow' / 'mlflow.db'}",
+            **_engine_places(os.environ),
+        )
+
+
+def _engine_places(environment: Mapping[str, str]) -> dict[str, Any]:
+    return {"spark_master": environment.get("ENCODE_SPARK_MASTER"), "scratch": environment.get("ENCODE_SCRATCH")}

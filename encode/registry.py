@@ -18,8 +18,8 @@ from encode import __version__
 from encode.config import Config, Places, RegistryConfig
 from encode.errors import ArtifactError, ConfigError
 from encode.model.files import MODEL_FILES, ModelCard, model_digest, read_report
+from encode.outputs import git_commit
 from encode.schema import fingerprint
-from encode.storage import git_commit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,9 +3,11 @@
     land       raw log                         -> raw/dt=D
     validate   raw/dt=D                        -> behaviors/dt=D, quarantine/dt=D
     train      behaviors                       -> spaces/<space>, models/<model>, a candidate version in MLflow
-    refresh    behaviors x space               -> interests/<space>/<snapshot>, current.json moved
+    refresh    behaviors                       -> histories/<snapshot>, current.json moved
+               histories x space               -> interests/<space>/<snapshot>, current.json moved
     release    candidate                       -> alias champion, serving has loaded exactly that bundle
     rollback   the champion before             -> alias champion
+    erase      user ids                        -> erasures.json, obeyed by every later step
 
 Each takes the settings (what), the places (where) and the days, and returns a summary of strings and numbers: URIs,
 digests, counts. Each is idempotent: finished outputs are found by their manifests and left alone.
@@ -13,20 +15,23 @@ digests, counts. Each is idempotent: finished outputs are found by their manifes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from encode.config import Config, Places, load_config
+from encode.config import Config, Places, RefreshConfig, load_config
+from encode.engines import Engine
 from encode.errors import QualityError
+from encode.outputs import read_files, read_manifest, recipe, write_output
 from encode.schema import Window
-from encode.storage import open_log, read_files, read_manifest, recipe, write_output
+from encode.storage import open_log
 
 Say = Callable[[str], None]
 Summary = dict[str, Any]
 
-__all__ = ["land", "load_config", "refresh", "release", "rollback", "train", "validate"]
+__all__ = ["erase", "land", "load_config", "refresh", "release", "rollback", "train", "validate"]
 
 
 def land(config: Config, places: Places, say: Say = print, cache: Path | None = None) -> Summary:
@@ -114,9 +119,9 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
 
     Raises:
         ArtifactError: there are no validated behaviors, or a space is damaged.
+        ConfigError: the engine is not installed, or it is not said where it runs.
     """
-    from encode.data.histories import read_histories
-    from encode.interests.snapshots import publish, read_space, write_snapshot
+    from encode.interests.refresh import refresh_interests
     from encode.registry import CANDIDATE, CHAMPION, Registry
 
     registry = Registry(places, config.registry)
@@ -126,15 +131,23 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
         say("no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "snapshots": {}, "users": 0}
     storage = open_log(places, config.name)
-    histories, inputs = read_histories(storage, as_of, say=say)
-    snapshots = {}
-    for space_id in spaces:
-        space = read_space(storage, space_id)
-        snapshot, manifest = write_snapshot(storage, space, histories, as_of, inputs, config.refresh.num_parts, say)
-        pointer = publish(storage, space_id, snapshot, manifest)
-        say(f"space {space_id}: current snapshot is {pointer.snapshot}")
-        snapshots[space_id] = pointer.snapshot
-    return {"as_of": str(as_of), "snapshots": snapshots, "users": len(histories.user_ids)}
+    with closing(_engine(config.refresh, places)) as engine:
+        grouped, pointers = refresh_interests(storage, spaces, as_of, config.refresh, engine, say)
+    return {
+        "as_of": str(grouped.as_of),
+        "snapshots": {space: pointer.snapshot for space, pointer in pointers.items()},
+        "users": grouped.manifest.counts["users"],
+    }
+
+
+def _engine(config: RefreshConfig, places: Places) -> Engine:
+    if config.engine == "spark":
+        from encode.engines.spark import SparkEngine
+
+        return SparkEngine(places)
+    from encode.engines.local import LocalEngine
+
+    return LocalEngine(config, places)
 
 
 def release(config: Config, places: Places, say: Say = print) -> Summary:
@@ -196,3 +209,19 @@ def rollback(config: Config, places: Places, say: Say = print) -> Summary:
         served = see_served(places, bundle, say)
     say(f"rolled back from version {champion.number} to {previous}, bundle {bundle.id}")
     return {"outcome": "rolled back", "version": previous, "bundle": bundle.id, "served_by": served}
+
+
+def erase(config: Config, places: Places, user_ids: Sequence[int], say: Say = print) -> Summary:
+    """Put users on the list of those who must not be in anything that is made from now on.
+
+    The next refresh publishes histories and interests without them, and the next training knows nothing of them. What
+    was made before, raw partitions and behaviors are left as they are: retention removes them.
+
+    Raises:
+        ConfigError: an id is not a user's.
+    """
+    from encode.data.erasures import erase_users
+
+    total = erase_users(open_log(places, config.name), user_ids)
+    say(f"{total:,} users are on the list; the next refresh publishes interests without them")
+    return {"erased": total}

@@ -1,4 +1,4 @@
-"""Objects by key, and outputs that are either complete or absent.
+"""Objects by key.
 
 Two stores with the same behavior: a folder, and any S3-compatible service. Both can create a key only if it is
 absent and replace it only if it is unchanged; everything that publishes rests on these two. Only this module knows S3.
@@ -7,25 +7,20 @@ absent and replace it only if it is unchanged; everything that publishes rests o
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import re
 import secrets
-import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from encode import __version__
 from encode.config import Places
 from encode.errors import ArtifactError, ConfigError
-from encode.schema import canonical_json, digest, fingerprint
+from encode.schema import canonical_json, digest
 
 _KEY_PART = re.compile(r"[A-Za-z0-9._=-]{1,255}")
 _NUM_THREADS = 8
@@ -48,6 +43,10 @@ class Storage(Protocol):
         """Return the object. Raises ArtifactError when there is none."""
         ...
 
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        """Return bytes [begin, end) of the object. Raises ArtifactError when there is none, or it ends before."""
+        ...
+
     def get_versioned(self, key: str) -> tuple[bytes, str] | None:
         """Return the object and the version for `replace`, or None when there is none."""
         ...
@@ -67,6 +66,33 @@ class Storage(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Return all keys that begin with `prefix`, sorted by bytes."""
         ...
+
+
+class ObjectFile(io.RawIOBase):
+    """An object as a file to read and seek in, fetched range by range: for readers that skip most of it."""
+
+    def __init__(self, storage: Storage, key: str, size: int) -> None:
+        self._storage, self._key, self._size, self._position = storage, key, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._position + size, self._size)
+        data = self._storage.get_range(self._key, self._position, end)
+        self._position = end
+        return data
 
 
 def open_storage(places: Places, writing: bool = True) -> Storage:
@@ -124,6 +150,14 @@ def check_key(key: str) -> str:
     return key
 
 
+def _whole(data: bytes, where: str, begin: int, end: int) -> bytes:
+    if len(data) != end - begin:
+        raise ArtifactError(
+            f"{where}: ends before byte {end:,} (found {len(data):,} bytes from {begin:,}); is it cut off?"
+        )
+    return data
+
+
 class FolderStorage:
     """A folder as a store: writes are atomic (write aside, rename), conditions hold between processes of a machine."""
 
@@ -139,6 +173,14 @@ class FolderStorage:
         if found is None:
             raise ArtifactError(f"{self.uri}/{key}: not found")
         return found[0]
+
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        try:
+            with (self._root / check_key(key)).open("rb", buffering=0) as file:
+                data = os.pread(file.fileno(), end - begin, begin)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ArtifactError(f"{self.uri}/{key}: not found") from None
+        return _whole(data, f"{self.uri}/{key}", begin, end)
 
     def get_versioned(self, key: str) -> tuple[bytes, str] | None:
         try:
@@ -217,6 +259,10 @@ class S3Storage:
             ),
         )
 
+    def __reduce__(self) -> tuple[type[Self], tuple[Places]]:
+        """Pickle as what it was opened with: a client holds connections."""
+        return type(self), (self._places,)
+
     @property
     def uri(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
@@ -250,6 +296,24 @@ class S3Storage:
         if found is None:
             raise ArtifactError(f"{self.uri}/{key}: not found")
         return found[0]
+
+    def get_range(self, key: str, begin: int, end: int) -> bytes:
+        from botocore.exceptions import ClientError
+
+        where = f"{self.uri}/{key}"
+        if begin == end:
+            return b""
+        try:
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=self._prefix + check_key(key), Range=f"bytes={begin}-{end - 1}"
+            )
+        except self._client.exceptions.NoSuchKey:
+            raise ArtifactError(f"{where}: not found") from None
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 416:
+                raise
+            return _whole(b"", where, begin, end)
+        return _whole(answer["Body"].read(), where, begin, end)
 
     def get_versioned(self, key: str) -> tuple[bytes, str] | None:
         try:
@@ -287,167 +351,3 @@ class S3Storage:
         )
         keys = (entry["Key"] for page in pages for entry in page.get("Contents", []))
         return sorted(key.removeprefix(self._prefix) for key in keys)
-
-
-# --- outputs: immutable directories that a manifest completes ----------------------------------------------
-
-MANIFEST = "manifest.json"
-
-
-class Part(BaseModel):
-    """One file of an output."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    bytes: int
-    sha256: str
-    rows: int | None = None
-
-
-class Manifest(BaseModel):
-    """What an output is, what it was made from, and with what. Written last; without it the output does not exist."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: str
-    fingerprint: str
-    parts: tuple[Part, ...]
-    counts: dict[str, int | float]
-    columns: dict[str, str]
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    details: dict[str, Any]
-    seed: int | None
-    version: str
-    git_commit: str
-
-    def to_bytes(self) -> bytes:
-        """Return the one spelling of this manifest."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    def digest(self) -> str:
-        """Return the digest that names this output wherever another was made from it; the commit is not in it."""
-        return digest(canonical_json(self.model_dump(mode="json", exclude={"git_commit"})))
-
-
-def recipe(kind: str, config: Mapping[str, Any], inputs: Mapping[str, str], seed: int | None = None) -> str:
-    """Return the fingerprint of an output before it is made: what kind, from what, with what settings."""
-    return fingerprint({"kind": kind, "config": dict(config), "inputs": dict(inputs), "seed": seed, "v": __version__})
-
-
-def read_manifest(storage: Storage, prefix: str) -> Manifest | None:
-    """Return the manifest of the output at `prefix`, or None when the output is absent or unfinished.
-
-    Raises:
-        ArtifactError: there is a manifest, but it cannot be read.
-    """
-    found = storage.get_versioned(f"{prefix}/{MANIFEST}")
-    if found is None:
-        return None
-    try:
-        return Manifest.model_validate_json(found[0])
-    except ValidationError as error:
-        raise ArtifactError(
-            f"{storage.uri}/{prefix}/{MANIFEST}: not a manifest ({error.error_count()} errors, first: "
-            f"{error.errors()[0]['msg']}); remove the output and run its step again"
-        ) from None
-
-
-def write_output(
-    storage: Storage,
-    prefix: str,
-    parts: Mapping[str, bytes],
-    *,
-    kind: str,
-    fingerprint: str,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    rows: Mapping[str, int] | None = None,
-    columns: Mapping[str, str] | None = None,
-    counts: Mapping[str, int | float] | None = None,
-    details: Mapping[str, Any] | None = None,
-    seed: int | None = None,
-) -> Manifest:
-    """Write all parts, then the manifest. Killed in between, the output is absent and the next try overwrites it.
-
-    Two writers of one output write the same bytes, so whoever is second changes nothing.
-
-    Raises:
-        ArtifactError: a complete output with another content is already there.
-    """
-    manifest = Manifest(
-        kind=kind,
-        fingerprint=fingerprint,
-        parts=tuple(
-            Part(name=name, bytes=len(data), sha256=digest(data), rows=(rows or {}).get(name))
-            for name, data in sorted(parts.items())
-        ),
-        counts=dict(counts or {}),
-        columns=dict(columns or {}),
-        config=dict(config),
-        inputs=dict(inputs),
-        details=dict(details or {}),
-        seed=seed,
-        version=__version__,
-        git_commit=git_commit(),
-    )
-    if (existing := read_manifest(storage, prefix)) is not None:
-        return _same(storage, prefix, existing, manifest)
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        list(pool.map(lambda item: storage.put(f"{prefix}/{item[0]}", item[1]), parts.items()))
-    try:
-        storage.create(f"{prefix}/{MANIFEST}", manifest.to_bytes())
-    except LostRace:
-        written = read_manifest(storage, prefix)
-        return _same(storage, prefix, written, manifest) if written else manifest
-    return manifest
-
-
-def _same(storage: Storage, prefix: str, existing: Manifest, manifest: Manifest) -> Manifest:
-    if existing.parts != manifest.parts:
-        changed = sorted({p.name for p in set(existing.parts) ^ set(manifest.parts)})
-        raise ArtifactError(
-            f"{storage.uri}/{prefix}: already complete with another content (differs in {', '.join(changed)}); "
-            "outputs are immutable: write under another key, or remove this one first"
-        )
-    return existing
-
-
-def read_part(storage: Storage, prefix: str, part: Part) -> bytes:
-    """Return one file of an output after checking its digest.
-
-    Raises:
-        ArtifactError: the file is missing or is not the one that the manifest names.
-    """
-    data = storage.get(f"{prefix}/{part.name}")
-    if digest(data) != part.sha256:
-        raise ArtifactError(
-            f"{storage.uri}/{prefix}/{part.name}: damaged: {len(data)} bytes with digest {digest(data)[:12]}, "
-            f"expected {part.bytes} bytes with {part.sha256[:12]}; remove the output and run its step again"
-        )
-    return data
-
-
-def read_parts(storage: Storage, prefix: str, parts: Sequence[Part]) -> list[bytes]:
-    """Return several files of an output, checked, in the order of `parts`."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(lambda part: read_part(storage, prefix, part), parts))
-
-
-def read_files(storage: Storage, prefix: str, manifest: Manifest) -> dict[str, bytes]:
-    """Return all files of an output by name, checked."""
-    names = [part.name for part in manifest.parts]
-    return dict(zip(names, read_parts(storage, prefix, manifest.parts), strict=True))
-
-
-@cache
-def git_commit() -> str:
-    """Return the commit of this code: ENCODE_GIT_COMMIT where an image was built from it, else what git says."""
-    if commit := os.environ.get("ENCODE_GIT_COMMIT"):
-        return commit
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return "unknown"
-    return answer.stdout.strip() or "unknown"

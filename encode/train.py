@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from encode.config import Config, ModelConfig, TrainingConfig
-from encode.data.histories import Histories
+from encode.data.histories import Histories, history_batch
 from encode.data.impressions import Splits, draw_impressions, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
 from encode.errors import DataError
@@ -32,7 +32,6 @@ from encode.evaluate.replay import (
     read_batch,
 )
 from encode.interests.extract import extract, state_of
-from encode.interests.snapshots import history_batch
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss

@@ -11,16 +11,27 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from jaxtyping import install_import_hook
+from pydantic import SecretStr
 
+from encode.config import Places
+from encode.data.parquet import parquet_bytes
+from encode.outputs import Manifest, write_output
+from encode.schema import BEHAVIORS, digest
 from encode.stack import launch, ports, processes
 from encode.stack.components import PORTS, Component, Store
 from encode.stack.components import mlflow_server as mlflow_component
 from encode.stack.components import object_store as weed
+from encode.storage import Storage, open_storage
 
 # From here on the shapes in signatures are checked at every call; k-means is compiled and cannot be wrapped.
 install_import_hook(["encode.model", "encode.interests.extract", "encode.evaluate"], "beartype.beartype")
@@ -32,6 +43,70 @@ from encode.stack import processes
 for name in ("mlflow", "objectstore"):
     processes.stop_marked(sys.argv[1] + name)
 """
+
+
+class PowerCut(Exception):  # noqa: N818
+    """The process died."""
+
+
+class Dying:
+    """A store in front of which the process dies at its last write, just before or just after it took effect."""
+
+    def __init__(self, storage: Storage, last: int, after: bool = False) -> None:
+        self._storage, self._left, self._after = storage, last, after
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def _write(self, name: str, *arguments: Any) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left < 0 or (self._left == 0 and not self._after):
+                raise PowerCut
+            getattr(self._storage, name)(*arguments)
+            if self._left == 0:
+                raise PowerCut
+
+    def put(self, *arguments: Any) -> None:
+        self._write("put", *arguments)
+
+    def create(self, *arguments: Any) -> None:
+        self._write("create", *arguments)
+
+    def replace(self, *arguments: Any) -> None:
+        self._write("replace", *arguments)
+
+
+@pytest.fixture(scope="session")
+def dying() -> tuple[type[Dying], type[PowerCut]]:
+    """A store that dies at its n-th write, and what is raised then."""
+    return Dying, PowerCut
+
+
+@pytest.fixture(scope="session")
+def write_day() -> Callable[[Storage, date, Sequence[Sequence[int]]], Manifest]:
+    """A function that publishes rows of user, item, category and timestamp as a validated day."""
+
+    def write(storage: Storage, day: date, rows: Sequence[Sequence[int]]) -> Manifest:
+        user, item, category, timestamp = np.array(rows, np.int64).reshape(-1, 4).T
+        columns = [user, item, category, pa.array(["pv"] * len(user), pa.string()).dictionary_encode(), timestamp]
+        arrays = [pa.array(column).cast(field.type) for column, field in zip(columns, BEHAVIORS, strict=True)]
+        half = len(user) // 2
+        table = pa.Table.from_arrays(arrays, schema=BEHAVIORS)
+        parts = {"part-00000.parquet": table[:half], "part-00001.parquet": table[half:]}
+        return write_output(
+            storage,
+            f"behaviors/dt={day}",
+            {name: parquet_bytes(part) for name, part in parts.items()},
+            kind="behaviors",
+            fingerprint=digest(np.array(rows).tobytes()),
+            config={},
+            inputs={},
+            counts={"rows": len(user)},
+        )
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -97,3 +172,29 @@ def object_store(start_server: Callable[[Callable[[Path], Component]], Component
 def mlflow_server(start_server: Callable[[Callable[[Path], Component]], Component], object_store: Store) -> str:
     """The address of a real MLflow server that keeps artifacts in `object_store`."""
     return start_server(lambda home: mlflow_component(home / "mlflow", _free_ports("mlflow"), object_store)).url
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Storage:
+    """A store that is a folder."""
+    return open_storage(Places(store=str(tmp_path / "store")))
+
+
+@pytest.fixture
+def s3(object_store: Store) -> Storage:
+    """A store of its own in the real object store."""
+    return open_storage(
+        Places(
+            store=f"s3://{object_store.bucket}/test-{secrets.token_hex(8)}",
+            endpoint_url=object_store.endpoint_url,
+            access_key=object_store.access_key,
+            secret_key=SecretStr(object_store.secret_key),
+        )
+    )
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    """A store, of either kind."""
+    made: Storage = request.getfixturevalue(request.param)
+    return made

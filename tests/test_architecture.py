@@ -23,6 +23,8 @@ LAYERS = [
     ["encode.config"],
     ["encode.schema"],
     ["encode.storage"],
+    ["encode.outputs", "encode.pointers"],
+    ["encode.engines"],
     ["encode.data"],
     ["encode.model"],
     ["encode.interests"],
@@ -115,6 +117,7 @@ def test_no_package_imports_itself_in_a_circle():
         (("fastapi", "uvicorn", "starlette"), ("encode.serving", "encode.cli")),
         (("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"), ()),
         (("great_expectations",), ("encode.data",)),
+        (("pyspark",), ("encode.engines",)),
     ],
 )
 def test_libraries_stay_in_their_modules(libraries, allowed):

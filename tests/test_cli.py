@@ -66,6 +66,20 @@ def test_score_and_explain_read_the_same_folder(workdir):
     )
 
 
+def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
+    folder = workdir[0]
+    options = ("--preset", "tiny", "--workdir", folder / "a", "--json")
+    before = json.loads(encode("explain", 2, *options, cwd=folder).stdout)
+    assert json.loads(encode("erase", 2, *options, cwd=folder).stdout) == {"erased": 1}
+    refreshed = json.loads(encode("refresh", "--as-of", before["bundle"]["as_of"], *options, cwd=folder).stdout)
+    assert refreshed["users"] == 299
+    answer = json.loads(encode("score", "--user", 2, "--items", 5, *options, cwd=folder).stdout)
+    assert answer["fallbacks"]["unknown_user"] is True
+    assert answer["bundle"]["snapshot"] != before["bundle"]["snapshot"]
+    others = json.loads(encode("score", "--user", 3, "--items", 5, *options, cwd=folder).stdout)
+    assert others["fallbacks"]["unknown_user"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -77,6 +91,8 @@ def test_score_and_explain_read_the_same_folder(workdir):
         (["train", "--as-of", "2024-01-01", "--workdir", "x"], 1, "no validated day before 2024-01-01; validate"),
         (["release", "--workdir", "x"], 0, ""),
         (["rollback", "--workdir", "x"], 1, "there is no champion"),
+        (["erase", "0", "--workdir", "x"], 2, "erase: 0 is not a user id"),
+        (["erase", "somebody", "--workdir", "x"], 2, "argument USER: invalid int value: 'somebody'"),
         (["score", "--user", "1", "--items", "a,b"], 2, "expected ids separated by commas"),
         (
             ["score", "--user", "1", "--items", "2", "--workdir", "x"],

@@ -17,11 +17,12 @@ import uvicorn
 from encode import steps
 from encode.config import Places, load_config
 from encode.errors import ConfigError, QualityError
+from encode.outputs import MANIFEST
 from encode.registry import CANDIDATE, CHAMPION, Registry
 from encode.schema import Window
 from encode.serving.app import create_app
 from encode.stack.ports import free_port
-from encode.storage import MANIFEST, open_storage
+from encode.storage import open_storage
 
 SMALL = str(Path(__file__).parent / "samples" / "small.yaml")
 WINDOW = Window(date(2017, 9, 3), date(2018, 1, 1))
@@ -261,15 +262,17 @@ def test_every_output_in_the_store_is_complete(released):
     named = set()
     for key in manifests:
         prefix = key.removesuffix(f"/{MANIFEST}")
-        named |= {f"{prefix}/{part['name']}" for part in json.loads(storage.get(key))["parts"]}
+        named |= {f"{part.get('at') or prefix}/{part['name']}" for part in json.loads(storage.get(key))["parts"]}
     assert named <= keys
     assert {key.split("/")[0] for key in manifests} == {
         "raw",
         "behaviors",
         "quarantine",
+        "histories",
         "spaces",
         "models",
         "interests",
     }
     lone = keys - named - manifests
-    assert {key for key in lone if not key.endswith("/current.json")} == {"log.json"}
+    # Beside pointers, what each bucket told while it was made.
+    assert {key for key in lone if not key.endswith(("/current.json", ".result.json"))} == {"log.json"}

@@ -13,17 +13,8 @@ from pydantic import SecretStr
 
 from encode.config import Places
 from encode.errors import ArtifactError, ConfigError
-from encode.storage import (
-    LostRace,
-    S3Storage,
-    check_key,
-    open_storage,
-    read_manifest,
-    read_part,
-    read_parts,
-    recipe,
-    write_output,
-)
+from encode.outputs import read_manifest, read_part, read_parts, recipe, write_output
+from encode.storage import LostRace, S3Storage, check_key, open_storage
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -1,6 +1,6 @@
 """One raw day into validated behaviors and quarantine, whole or not at all.
 
-`raw/dt=D/...` gives `behaviors/dt=D/part-00000.parquet` and `quarantine/dt=D/` with the rejected rows, the result of
+`raw/dt=D/...` gives `behaviors/dt=D/part-*.parquet` and `quarantine/dt=D/` with the rejected rows, the result of
 Great Expectations (`result.json`) and its page (`index.html`). Quarantine is complete before behaviors is, so that a
 published day always has its page. A day that is refused publishes no behaviors; its rejected rows, result and page
 are kept under `quarantine/dt=D/refused-<fingerprint>/`, out of the way of a later try with other data or settings.
@@ -25,10 +25,13 @@ from encode.data.raw_days import RawDay, read_raw_day
 from encode.data.readers import RAW_COLUMNS, RawBatch
 from encode.data.verdicts import REASONS, Verdict, count_reasons, duplicates, judge, to_quarantine
 from encode.errors import DataError, EncodeError, QualityError
+from encode.outputs import Manifest, read_manifest, recipe, write_output
 from encode.schema import BEHAVIORS, QUARANTINE, fingerprint
-from encode.storage import Manifest, Storage, read_manifest, recipe, write_output
+from encode.storage import Storage
 
 _DUPLICATE = REASONS.index("duplicate")
+_ROWS_PER_PART = 1 << 22
+"""A file of behaviors is read as a whole, by several at a time."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +245,14 @@ def _write_behaviors(
             f"validation of {report.day}: {table.num_rows} behaviors and {report.rejected} rejected rows do not add up "
             f"to {report.rows} raw rows; behaviors were not published, this is a defect"
         )
+    starts = range(0, max(table.num_rows, 1), _ROWS_PER_PART)
+    parts = {f"part-{number:05d}.parquet": table.slice(start, _ROWS_PER_PART) for number, start in enumerate(starts)}
     write_output(
         storage,
         f"behaviors/dt={report.day}",
-        {"part-00000.parquet": parquet_bytes(table)},
+        {name: parquet_bytes(part) for name, part in parts.items()},
         kind="behaviors",
-        rows={"part-00000.parquet": table.num_rows},
+        rows={name: part.num_rows for name, part in parts.items()},
         columns=_columns(BEHAVIORS),
         counts={
             "rows": table.num_rows,

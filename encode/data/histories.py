@@ -11,12 +11,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from encode.data.erasures import ERASURES, erased_users
 from encode.data.parquet import read_parquet
-from encode.data.partitions import days_of, quiet
-from encode.errors import ArtifactError
-from encode.schema import BEHAVIORS
-from encode.storage import Manifest, Storage, read_manifest, read_part
+from encode.data.partitions import quiet, validated_days
+from encode.outputs import Manifest, read_part
+from encode.schema import BEHAVIORS, HISTORIES, digest
+from encode.storage import Storage
 
 Ints = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.int32]
@@ -78,6 +80,16 @@ def rows_of(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return np.repeat(begin - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
+def history_batch(histories: Histories, users: Ints) -> pa.RecordBatch:
+    """Return the histories of some users, given by position, as rows of `schema.HISTORIES`."""
+    place, offsets = rows_of(histories.offsets[users], histories.offsets[users + 1])
+    lists = [
+        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column[place]))
+        for column in (histories.item_ids, histories.category_ids, histories.timestamps)
+    ]
+    return pa.RecordBatch.from_arrays([pa.array(histories.user_ids[users]), *lists], schema=HISTORIES)
+
+
 def to_histories(table: pa.Table) -> Histories:
     """Group rows of `schema.BEHAVIORS`, in any order, into histories."""
     behavior = table["behavior"].unify_dictionaries().combine_chunks()
@@ -108,29 +120,23 @@ def read_histories(
 ) -> tuple[Histories, dict[str, str]]:
     """Read all validated behaviors of the days before `end`, and from `start` on if it is given.
 
-    A partition without a manifest is unfinished and counts as absent.
-
     Returns:
-        The histories, and the inputs: partition -> digest of its manifest, sorted.
+        The histories without erased users, and the inputs: partition -> digest of its manifest, sorted.
 
     Raises:
         ArtifactError: there is no validated day in the range, or a file is damaged.
     """
-    days = days_of(storage.list("behaviors/dt="))
-    prefixes = [f"behaviors/dt={day}" for day in days if day < end and (start is None or day >= start)]
+    found = validated_days(storage, end, start)
+    rows = sum(int(manifest.counts["rows"]) for manifest in found.values())
+    erased = erased_users(storage)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        manifests = pool.map(lambda prefix: read_manifest(storage, prefix), prefixes)
-        found = {prefix: manifest for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None}
-        if not found:
-            raise ArtifactError(
-                f"{storage.uri}/behaviors: no validated day {f'from {start} ' if start else ''}before {end}; "
-                "validate the window first"
-            )
-        rows = sum(int(manifest.counts.get("rows", 0)) for manifest in found.values())
         say(f"reading {rows:,} behaviors of {len(found)} days")
         tables = pool.map(lambda item: _read_day(storage, *item), found.items())
         table = pa.concat_tables([table for day in tables for table in day])
     inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
+    if len(erased):
+        table = table.filter(pc.invert(pc.is_in(table["user_id"], pa.array(erased))))
+        inputs[ERASURES] = digest(erased.tobytes())
     return to_histories(table), inputs
 
 

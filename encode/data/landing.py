@@ -26,8 +26,9 @@ from encode.data.readers import RawBatch
 from encode.data.sources import open_log
 from encode.data.verdicts import REASONS, count_reasons, read_timestamps, to_quarantine
 from encode.errors import DataError, EncodeError
+from encode.outputs import MANIFEST, Manifest, read_manifest, recipe, write_output
 from encode.schema import SECONDS_PER_DAY, day_of, digest
-from encode.storage import MANIFEST, Manifest, Storage, read_manifest, recipe, write_output
+from encode.storage import Storage
 
 LANDED_SUFFIX = ".landed.parquet"
 """Marks our files, so that those of a landing that was killed are not taken for files of the owner of the log."""

@@ -12,8 +12,9 @@ from encode.data.landing import LANDED_SUFFIX
 from encode.data.partitions import days_of
 from encode.data.readers import RawBatch, read_object
 from encode.errors import DataError
+from encode.outputs import MANIFEST, Manifest, read_manifest
 from encode.schema import digest
-from encode.storage import MANIFEST, Manifest, Storage, read_manifest
+from encode.storage import Storage
 
 _NUM_THREADS = 8
 

@@ -14,8 +14,9 @@ from encode.data.daily import DayReport, report_of, validate_raw_day
 from encode.data.partitions import days_of, quiet
 from encode.data.raw_days import find_raw_days
 from encode.errors import DataError, QualityError
+from encode.outputs import MANIFEST, Manifest, read_manifest
 from encode.schema import Window
-from encode.storage import MANIFEST, Manifest, Storage, read_manifest
+from encode.storage import Storage
 
 MAX_REFUSED_DAYS = 3
 """After so many refused days the rest is not tried: the cause is most likely the same."""

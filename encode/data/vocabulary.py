@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 from encode.data.histories import Histories
 from encode.errors import DataError
-from encode.schema import UNKNOWN
+from encode.schema import PADDING, UNKNOWN
 
 Ints = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int32]
 _FIRST_CATEGORY = 2
 
 
@@ -53,9 +56,16 @@ class Vocabulary:
             item_ids: any shape; 0 is padding and stays 0.
             category_ids: same shape; None where no category is known for items outside.
         """
-        place, known = _find(self.item_ids, item_ids)
-        outside = np.full(item_ids.shape, UNKNOWN) if category_ids is None else self._find_categories(category_ids)
-        return np.where(item_ids == 0, 0, np.where(known, self.num_categories + place, outside))
+        ids = np.asarray(item_ids, np.int64)
+        index = _find(ids, self.item_ids, self._item_table)
+        outside = np.flatnonzero(index < 0)
+        index += self.num_categories
+        if category_ids is None:
+            index[outside] = UNKNOWN
+        else:
+            index[outside] = self._find_categories(np.asarray(category_ids, np.int64).ravel()[outside])
+        index[ids.ravel() == PADDING] = PADDING
+        return index.reshape(ids.shape)
 
     def is_item(self, index: Ints) -> npt.NDArray[np.bool_]:
         """Tell which indices stand for one item rather than for padding, unknown or a category's others."""
@@ -65,9 +75,19 @@ class Vocabulary:
         """Return the item id of each index that `is_item`."""
         return self.item_ids[index - self.num_categories]
 
+    @cached_property
+    def _item_table(self) -> Places:
+        table: Places = _hash_table(read_only(self.item_ids))
+        return table
+
+    @cached_property
+    def _category_table(self) -> Places:
+        table: Places = _hash_table(read_only(self.category_ids))
+        return table
+
     def _find_categories(self, category_ids: Ints) -> Ints:
-        place, known = _find(self.category_ids, category_ids)
-        return np.where(known, _FIRST_CATEGORY + place, UNKNOWN)
+        place = _find(category_ids, self.category_ids, self._category_table)
+        return np.where(place < 0, UNKNOWN, _FIRST_CATEGORY + place)
 
 
 def build_vocabulary(histories: Histories, min_item_count: int) -> Vocabulary:
@@ -92,8 +112,63 @@ def build_vocabulary(histories: Histories, min_item_count: int) -> Vocabulary:
     return Vocabulary(categories[categories != 0], items[kept], histories.category_ids[order][kept])
 
 
-def _find(sorted_ids: Ints, ids: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    if len(sorted_ids) == 0:
-        return np.zeros(ids.shape, np.int64), np.zeros(ids.shape, bool)
-    place = np.searchsorted(sorted_ids, ids).clip(max=len(sorted_ids) - 1)
-    return place, sorted_ids[place] == ids
+# --- compiled ----------------------------------------------------------------------------------------------
+
+
+def compiled(function: Any) -> Any:
+    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
+    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a contiguous view that cannot be written, so that a kernel meets, and is compiled for, one kind of array.
+
+    Arrow and safetensors give arrays that cannot be written, numpy and torch those that can.
+    """
+    view = np.require(array, requirements=["C", "A"]).view()
+    view.flags.writeable = False
+    return view
+
+
+@compiled
+def hash_slot(key: int, bits: int) -> np.int64:
+    """Return where in a table of 2^bits a key starts to look for itself; ids in steps of any size are spread."""
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    x = np.uint64(key) * factor
+    x = (x ^ (x >> np.uint64(32))) * factor
+    return np.int64(x >> np.uint64(64 - bits))
+
+
+def _find(ids: Ints, sorted_ids: Ints, table: Places) -> Ints:
+    """Return the place in `sorted_ids` of each id, flat, -1 where it is not there."""
+    place = np.empty(ids.size, np.int64)
+    _look_up(read_only(ids.ravel()), read_only(sorted_ids), read_only(table), place)
+    return place
+
+
+@compiled
+def _look_up(ids: Ints, sorted_ids: Ints, table: Places, place: Ints) -> None:
+    mask = len(table) - 1
+    bits = 0
+    while (1 << bits) < len(table):
+        bits += 1
+    for i in range(len(ids)):
+        slot = hash_slot(ids[i], bits)
+        while table[slot] >= 0 and sorted_ids[table[slot]] != ids[i]:
+            slot = (slot + 1) & mask
+        place[i] = table[slot]
+
+
+@compiled
+def _hash_table(ids: Ints) -> Places:
+    """Return an open-addressing table of places in `ids`, at most half full, -1 where it is empty."""
+    bits = 1
+    while (1 << bits) < 2 * len(ids):
+        bits += 1
+    table = np.full(1 << bits, -1, np.int32)
+    for place in range(len(ids)):
+        slot = hash_slot(ids[place], bits)
+        while table[slot] >= 0:
+            slot = (slot + 1) & (len(table) - 1)
+        table[slot] = place
+    return table

@@ -1,204 +1,173 @@
 """Spherical k-means over ragged batches of histories.
 
-    U users   N behaviors of all users   P projected_dim   K num_clusters
+    U users   N behaviors of all users   S start centers of all users   P projected_dim   K num_clusters
 
 Each user's history is clustered alone, so nothing depends on who else is in the batch, on its order, or on the
-number of threads. The kernel is compiled by Numba at its first call and releases the GIL.
+number of threads. The kernels are compiled by Numba at their first call and release the GIL: seeding.py finds where to
+begin, lloyd.py improves it, in vectors of lanes.py.
 """
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from encode.config import ClusteringConfig
+from encode.data.vocabulary import read_only
 from encode.errors import DataError
+from encode.interests.lloyd import Doubles, Floats, Ints, Labels, compiled, lloyd, longest_key
+from encode.interests.seeding import start
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-_NUM_THREADS = len(os.sched_getaffinity(0))
+_BLOCKS = 16
+"""Blocks of users a thread, at least: so that none has long to wait for the others at the end."""
 
 
-def cluster(keys: Floats, offsets: Ints, seeds: Ints, config: ClusteringConfig) -> npt.NDArray[np.uint8]:
+class Starts(NamedTuple):
+    """Centers that some users' clustering begins from: their last ones."""
+
+    centers: Floats
+    """Unit vectors, [S, P]."""
+    offsets: Ints
+    """Start of each user's centers, then the end of the last, [U + 1]; a user may have none."""
+
+
+def cluster(
+    keys: Floats,
+    offsets: Ints,
+    seeds: Ints,
+    config: ClusteringConfig,
+    starts: Starts | None = None,
+    num_threads: int | None = None,
+) -> Labels:
     """Return the cluster of each behavior within its user's history, [N], 0 to K - 1.
 
-    Seeding is k-means++ from a stream that `seeds[u]` starts. An emptied cluster takes the behavior farthest from
-    its center. A history with fewer distinct keys than K uses one cluster a distinct key. Labels are those of a
-    last assignment to the final centers; ties go to the lower cluster.
+    Begins from a user's start centers, if there are any, and from greedy k-means++ with a stream that `seeds[u]`
+    starts. An emptied cluster takes the behavior farthest from its center. A history with fewer distinct keys than K
+    uses one cluster a distinct key. Labels are those of a last assignment to the final centers; ties go to the lower
+    cluster, and zero vectors, which tie with every center, to cluster 0.
 
     Args:
-        keys: unit vectors h, [N, P]; zero vectors are allowed and are equally far from everything.
+        keys: unit vectors h, [N, P], or zero vectors.
         offsets: start of each user's behaviors, then the end of the last, [U + 1].
         seeds: one a user, [U]; use the user id, so that a user's clusters do not depend on the batch.
         config: K, iterations at most, and a seed that is mixed into `seeds`.
+        starts: centers to begin from. Of more than K the first K are used; fewer are filled up by k-means++.
+        num_threads: None is one for each core.
 
     Raises:
-        DataError: a key is not finite.
+        DataError: a key or a start center is not finite, or lengths do not fit together.
     """
-    if not np.isfinite(keys).all():
-        row = int(np.flatnonzero(~np.isfinite(keys).all(1))[0])
-        raise DataError(f"k-means: key of behavior {row} is not finite; expected unit vectors: is the space damaged?")
-    labels = np.zeros(len(keys), np.uint8)
-    streams = seeds.astype(np.uint64) ^ np.uint64(config.seed * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-    num_users = len(offsets) - 1
-    keys = np.ascontiguousarray(keys)
-    # A few blocks of equal work a thread, so that one long history does not hold up the rest.
-    num_threads = _NUM_THREADS if num_users > 1 else 1
-    edges = np.searchsorted(offsets[1:], np.linspace(0, offsets[-1], 4 * num_threads + 1)[1:-1])
-    bounds = np.unique(np.concatenate([[0], edges, [num_users]]))
+    keys, offsets, given, given_offsets = checked(keys, offsets, seeds, starts)
+    streams = mixed(seeds, config)
+    labels = np.empty(len(keys), np.uint8)
 
-    def work(block: tuple[int, int]) -> None:
-        _cluster_users(keys, offsets, streams, block[0], block[1], config.num_clusters, config.num_iterations, labels)
+    def work(users: Ints) -> bool:
+        K, iterations = config.num_clusters, config.num_iterations
+        return bool(_cluster_users(keys, offsets, users, streams, given, given_offsets, K, iterations, labels))
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(work, zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)))
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    blocks = _blocks(np.diff(offsets), num_threads)
+    if num_threads == 1 or len(blocks) == 1:
+        finite = [work(users) for users in blocks]
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            finite = list(pool.map(work, blocks))
+    if not all(finite):
+        refuse_not_finite(keys)
     return labels
 
 
-def _compiled(function: Any) -> Any:
-    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+def checked(keys: Floats, offsets: Ints, seeds: Ints, starts: Starts | None) -> tuple[Floats, Ints, Floats, Ints]:
+    """Return keys, offsets, start centers and their offsets as the kernels take them, which check no bounds.
+
+    Raises:
+        DataError: their lengths do not fit together, or a start center is not finite.
+    """
+    if starts is None:
+        starts = Starts(np.empty((0, keys.shape[1]), np.float32), np.zeros(len(offsets), np.int64))
+    found = len(keys), len(seeds) + 1, len(starts.offsets), len(starts.centers), starts.centers.shape[1]
+    expected = int(offsets[-1]), len(offsets), len(offsets), int(starts.offsets[-1]), keys.shape[1]
+    if found != expected:
+        what = "keys, seeds + 1, starts.offsets, starts.centers, their dimensions"
+        raise DataError(f"k-means: {what}: found {found}, expected {expected} by offsets and keys")
+    if not np.isfinite(starts.centers).all():
+        raise DataError("k-means: a start center is not finite; expected unit vectors: is the last snapshot damaged?")
+    keys, given = (read_only(vectors.astype(np.float32, copy=False)) for vectors in (keys, starts.centers))
+    offsets, given_offsets = (read_only(array.astype(np.int64, copy=False)) for array in (offsets, starts.offsets))
+    return keys, offsets, given, given_offsets
 
 
-@_compiled
-def _next_random(state: np.uint64) -> tuple[np.uint64, float]:
-    """Splitmix64: the next state and a number in [0, 1)."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    x = state
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return state, np.float64(x >> np.uint64(11)) / 9007199254740992.0
+def mixed(seeds: Ints, config: ClusteringConfig) -> npt.NDArray[np.uint64]:
+    """Return where each user's random numbers begin."""
+    return seeds.astype(np.uint64) ^ np.uint64(config.seed * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
 
 
-@_compiled
+def refuse_not_finite(keys: Floats) -> None:
+    """Name the first key that is not finite, or whose square is not, if there is one."""
+    with np.errstate(over="ignore"):
+        rows = np.flatnonzero(~np.isfinite((keys * keys).sum(1)))
+    if rows.size:
+        raise DataError(
+            f"k-means: key of behavior {rows[0]} is not finite; expected unit vectors: is the space damaged?"
+        )
+
+
+def _blocks(lengths: Ints, num_threads: int) -> list[Ints]:
+    """Users in blocks of equal work, longest histories first."""
+    order = np.argsort(-lengths, kind="stable")
+    done = np.cumsum(lengths[order])
+    total = int(done[-1]) if len(done) else 0
+    edges = np.searchsorted(done, np.linspace(0, total, _BLOCKS * num_threads + 1)[1:-1])
+    return [block for block in np.split(order, np.unique(edges)) if len(block)]
+
+
+@compiled
 def _cluster_users(
     keys: Floats,
     offsets: Ints,
+    users: Ints,
     streams: npt.NDArray[np.uint64],
-    first: int,
-    last: int,
+    given: Floats,
+    given_offsets: Ints,
     num_clusters: int,
     num_iterations: int,
-    labels: npt.NDArray[np.uint8],
-) -> None:
-    P = keys.shape[1]
-    centers = np.empty((num_clusters, P), np.float32)
-    sums = np.empty((num_clusters, P), np.float64)
-    sizes = np.empty(num_clusters, np.int64)
-    for user in range(first, last):
-        begin, end = offsets[user], offsets[user + 1]
-        if begin == end:
-            continue
-        x, own = keys[begin:end], labels[begin:end]
-        similarity = np.empty(end - begin, np.float32)
-        K = _seed(x, streams[user], centers)
-        _assign(x, centers, K, own, similarity)
-        for _ in range(num_iterations):
-            _update(x, own, similarity, centers, sums, sizes, K)
-            if not _assign(x, centers, K, own, similarity):
-                break
+    labels: Labels,
+) -> bool:
+    """Label the behaviors of some users; tell whether all their keys are finite, and stop at one that is not."""
+    centers = np.empty((num_clusters, keys.shape[1]), np.float32)
+    for user in users:
+        x, own = keys[offsets[user] : offsets[user + 1]].copy(), labels[offsets[user] : offsets[user + 1]]
+        longest = longest_key(x)
+        if longest == np.inf:
+            return False
+        K = start(x, longest, streams[user], given[given_offsets[user] : given_offsets[user + 1]], centers)
+        lloyd(x, longest, centers[:K], num_iterations, own)
+    return True
 
 
-@_compiled
-def _seed(x: Floats, state: np.uint64, centers: Floats) -> int:
-    """k-means++: fill `centers` and return how many distinct ones there are (K at most)."""
-    n, P = x.shape
-    state, u = _next_random(state)
-    chosen = min(int(u * n), n - 1)
-    distance = np.full(n, np.inf)
-    for k in range(centers.shape[0]):
-        total = 0.0
-        for d in range(P):
-            centers[k, d] = x[chosen, d]
-        for i in range(n):
-            # Differences, not 2 - 2 cos: equal keys must be at exactly 0.
-            square = 0.0
+def inertia(keys: Floats, offsets: Ints, labels: Labels, num_clusters: int) -> Doubles:
+    """Return sum_i ||h_i - c||^2 of each user, [U], with c the normalized mean of the behavior's cluster."""
+    total = np.zeros(len(offsets) - 1)
+    _sum_inertia(read_only(keys), read_only(offsets), read_only(labels), np.zeros((num_clusters, keys.shape[1])), total)
+    return total
+
+
+@compiled
+def _sum_inertia(keys: Floats, offsets: Ints, labels: Labels, centers: Doubles, total: Doubles) -> None:
+    K, P = centers.shape
+    for user in range(len(total)):
+        centers[:] = 0.0
+        for i in range(offsets[user], offsets[user + 1]):
             for d in range(P):
-                square += (x[i, d] - centers[k, d]) ** 2
-            distance[i] = min(distance[i], square)
-            total += distance[i]
-        if total == 0.0:
-            return k + 1
-        state, u = _next_random(state)
-        left = u * total
-        chosen = -1
-        for i in range(n):
-            if distance[i] > 0.0:
-                chosen = i
-                left -= distance[i]
-                if left < 0.0:
-                    break
-    return int(centers.shape[0])
-
-
-@_compiled
-def _assign(x: Floats, centers: Floats, K: int, labels: npt.NDArray[np.uint8], similarity: Floats) -> bool:
-    """E step: the most similar center of each key; tell whether any label changed."""
-    changed = False
-    # Innermost over centers, which lie side by side: that loop vectorizes, a sum over dimensions would not.
-    columns = np.ascontiguousarray(centers[:K].T)
-    dots = np.empty(K, np.float32)
-    for i in range(x.shape[0]):
-        dots[:] = np.float32(0.0)
-        for d in range(x.shape[1]):
-            value = x[i, d]
-            for k in range(K):
-                dots[k] += value * columns[d, k]
-        best = 0
-        for k in range(1, K):
-            if dots[k] > dots[best]:
-                best = k
-        similarity[i] = dots[best]
-        if labels[i] != best:
-            labels[i] = best
-            changed = True
-    return changed
-
-
-@_compiled
-def _update(
-    x: Floats,
-    labels: npt.NDArray[np.uint8],
-    similarity: Floats,
-    centers: Floats,
-    sums: npt.NDArray[np.float64],
-    sizes: Ints,
-    K: int,
-) -> None:
-    """M step: normalized means; an empty cluster is given the key that is least similar to its center."""
-    n, P = x.shape
-    sums[:K] = 0.0
-    sizes[:K] = 0
-    for i in range(n):
-        sizes[labels[i]] += 1
-        for d in range(P):
-            sums[labels[i], d] += x[i, d]
-    for k in range(K):
-        if sizes[k] > 0:
-            continue
-        farthest = -1
-        for i in range(n):
-            if sizes[labels[i]] > 1 and (farthest < 0 or similarity[i] < similarity[farthest]):
-                farthest = i
-        if farthest < 0:
-            continue
-        sizes[labels[farthest]] -= 1
-        for d in range(P):
-            sums[labels[farthest], d] -= x[farthest, d]
-            sums[k, d] = x[farthest, d]
-        labels[farthest] = k
-        sizes[k] = 1
-    for k in range(K):
-        norm = 0.0
-        for d in range(P):
-            norm += sums[k, d] ** 2
-        norm = np.sqrt(norm)
-        if norm > 0.0:
+                centers[labels[i], d] += keys[i, d]
+        for k in range(K):
+            norm = np.sqrt((centers[k] ** 2).sum())
+            if norm > 0.0:
+                centers[k] /= norm
+        for i in range(offsets[user], offsets[user + 1]):
             for d in range(P):
-                centers[k, d] = sums[k, d] / norm
+                total[user] += (keys[i, d] - centers[labels[i], d]) ** 2

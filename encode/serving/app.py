@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from encode import __version__
 from encode.config import Places, RegistryConfig
 from encode.errors import EncodeError
-from encode.interests.snapshots import read_pointer
+from encode.interests.snapshots import folder_of
+from encode.pointers import read_pointer
 from encode.registry import CHAMPION, Registry
 from encode.serving.bundle import Behavior, Bundle, load_bundle
 from encode.serving.local_snapshot import remove_snapshots
@@ -121,13 +122,14 @@ class Follower:
             raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
         held = self.bundle
         if held is not None and held.model_version == version.number:
-            pointer = read_pointer(self._storage, version.space)
+            pointer = read_pointer(self._storage, folder_of(version.space))
             if pointer is not None and pointer[0] == held.pointer:
                 return
         files = self._registry.files(version)
         self.bundle = load_bundle(self._storage, files, version.number, self._cache)
         _LOG.info("serving bundle %s", self.bundle.describe())
-        remove_snapshots(self._cache, {one.pointer.snapshot for one in (held, self.bundle) if one})
+        kept = [one.snapshot.prefixes for one in (held, self.bundle) if one]
+        remove_snapshots(self._cache, set().union(*kept))
 
 
 def create_app(

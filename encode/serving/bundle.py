@@ -17,13 +17,14 @@ import torch
 from encode.data.parquet import read_parquet
 from encode.errors import ArtifactError
 from encode.interests.extract import state_of
-from encode.interests.snapshots import Pointer, read_pointer, read_space
+from encode.interests.snapshots import folder_of, read_space
 from encode.model.ctr import Reader
 from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest, read_user
 from encode.model.space import Space
+from encode.pointers import Pointer, read_current
 from encode.schema import UNKNOWN, digest
 from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
-from encode.storage import Storage, read_manifest
+from encode.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,12 @@ def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str
     card, reader = load_model(files, where)
     space = read_space(storage, card.space)
     check_mirror(files, reader, space.items, where)
-    found = read_pointer(storage, card.space)
-    if found is None:
-        raise ArtifactError(f"interests/{card.space}/current.json: no snapshot yet in this space; refresh it first")
-    pointer = found[0]
-    prefix = f"interests/{card.space}/{pointer.snapshot}"
-    manifest = read_manifest(storage, prefix)
-    if manifest is None or manifest.digest() != pointer.manifest:
-        state = "absent or unfinished" if manifest is None else f"has manifest {manifest.digest()[:12]}"
-        raise ArtifactError(f"{prefix}: {state}, pointer expects {pointer.manifest[:12]}; refresh the space again")
+    folder = folder_of(card.space)
+    current = read_current(storage, folder)
+    if current is None:
+        raise ArtifactError(f"{folder}/current.json: no snapshot yet in this space; refresh it first")
+    pointer, manifest = current
+    prefix = f"{folder}/{pointer.snapshot}"
     if manifest.details.get("space") != card.space:
         raise ArtifactError(f"{prefix}: of space {manifest.details.get('space')}, model needs {card.space}")
     return Bundle(

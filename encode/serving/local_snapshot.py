@@ -15,22 +15,37 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from encode.errors import ArtifactError
+from encode.interests.snapshots import snapshot_file
+from encode.outputs import Manifest, Part, read_part
 from encode.schema import bucket_of, digest
-from encode.storage import Manifest, Part, Storage, read_part
+from encode.storage import Storage
 
 
 class LocalSnapshot:
     """Interests by user id, read from mapped Arrow IPC files."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Map the files of a snapshot that `fetch_snapshot` has put into `folder`."""
+    def __init__(self, cache: Path, prefix: str, manifest: Manifest) -> None:
+        """Map the files of the snapshot at `prefix` that `fetch_snapshot` has put into `cache`.
+
+        Raises:
+            ArtifactError: a file is not what it should be, or the snapshot is laid out as by an earlier version.
+        """
+        if "num_buckets" not in manifest.config:
+            raise ArtifactError(f"{prefix}: made by version {manifest.version} in another layout; refresh the space")
         self.num_users = int(manifest.counts["users"])
-        self._parts = [_MappedPart(folder / part.name) for part in manifest.parts]
+        self.prefixes = {part.at or prefix for part in manifest.parts}
+        """The snapshots whose files this one consists of."""
+        self._num_buckets = int(manifest.config["num_buckets"])
+        # Files of a bucket are listed oldest first; what the newest says of a user holds.
+        self._buckets: dict[str, list[_MappedPart]] = {}
+        for part in reversed(manifest.parts):
+            self._buckets.setdefault(part.name, []).append(_MappedPart(cache / part.key(prefix)))
 
     def find(self, user_id: int) -> dict[str, Any] | None:
         """Return the user's row as Arrow scalars by column name, or None for a user without a row."""
-        part = self._parts[int(bucket_of(np.array([user_id]), len(self._parts))[0])]
-        return part.find(user_id)
+        bucket = int(bucket_of(np.array([user_id]), self._num_buckets)[0])
+        found = (part.find(user_id) for part in self._buckets[snapshot_file(bucket)])
+        return next((row for row in found if row is not None), None)
 
     def busiest_user(self) -> int:
         """Return the user with the most behaviors, the smallest id among equals: somebody worth looking at.
@@ -40,12 +55,13 @@ class LocalSnapshot:
         """
         if not self.num_users:
             raise ArtifactError("snapshot without users; refresh the space")
-        return min((part.busiest() for part in self._parts if len(part.user_ids)), key=lambda one: (-one[0], one[1]))[1]
+        parts = [part for parts in self._buckets.values() for part in parts]
+        return min((part.busiest() for part in parts if len(part.user_ids)), key=lambda one: (-one[0], one[1]))[1]
 
     def user_ids(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the ids of all users, a part at a time, ascending within it."""
-        for part in self._parts:
-            yield part.user_ids
+        """Yield the ids of all users, a bucket at a time, ascending within it."""
+        for parts in self._buckets.values():
+            yield np.unique(np.concatenate([part.user_ids for part in parts]))
 
 
 class _MappedPart:
@@ -54,14 +70,13 @@ class _MappedPart:
     def __init__(self, path: Path) -> None:
         self.user_ids: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._batches: list[pa.RecordBatch] = []
-        if path.stat().st_size == 0:
-            return
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             self._batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
         except pa.ArrowInvalid as error:
             raise ArtifactError(f"{path}: not an Arrow IPC file ({error}); refresh the snapshot") from None
-        self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in self._batches])
+        if self._batches:
+            self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in self._batches])
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
 
     def busiest(self) -> tuple[int, int]:
@@ -80,9 +95,9 @@ class _MappedPart:
 
 
 def remove_snapshots(cache: Path, kept: set[str]) -> None:
-    """Remove all fetched snapshots but those in use; what is mapped stays readable until it is let go."""
+    """Remove all fetched files but those at the given prefixes; what is mapped stays readable until it is let go."""
     for folder in cache.glob("interests/*/*"):
-        if folder.name not in kept:
+        if folder.relative_to(cache).as_posix() not in kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -94,19 +109,18 @@ def fetch_snapshot(storage: Storage, prefix: str, manifest: Manifest, cache: Pat
     Raises:
         ArtifactError: a file in the store is missing or damaged.
     """
-    folder = cache / prefix
-    folder.mkdir(parents=True, exist_ok=True)
 
     def bring(part: Part) -> None:
-        path = folder / part.name
+        path = cache / part.key(prefix)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and digest(path.read_bytes()) == part.sha256:
             return
         data = read_part(storage, prefix, part)
-        descriptor, aside = tempfile.mkstemp(dir=folder)
+        descriptor, aside = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         Path(aside).replace(path)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(bring, manifest.parts))
-    return LocalSnapshot(folder, manifest)
+    return LocalSnapshot(cache, prefix, manifest)

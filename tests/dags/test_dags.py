@@ -108,6 +108,33 @@ def test_dags_are_thin():
     assert max(lines.values()) < 80, lines
 
 
+SPARK_MASTER = """
+import json, os, sys
+import encode_wiring
+
+found = []
+for connection in json.loads(sys.argv[1]):
+    os.environ.pop("AIRFLOW_CONN_ENCODE_SPARK", None)
+    if connection:
+        os.environ["AIRFLOW_CONN_ENCODE_SPARK"] = connection
+    found.append(encode_wiring._spark_master())
+print("FOUND " + json.dumps(found))
+"""
+
+
+def test_the_connection_to_spark_is_optional(airflow_environment):
+    masters = {
+        None: None,
+        "spark://head:7077": "spark://head:7077",
+        '{"conn_type": "spark", "host": "k8s://https://head", "port": 6443}': "k8s://https://head:6443",
+        '{"conn_type": "spark", "host": "yarn"}': "yarn",
+        '{"conn_type": "spark", "host": "head", "extra": {"master": "local[2]"}}': "local[2]",
+        '{"conn_type": "spark"}': None,
+    }
+    found = in_airflow(airflow_environment, "-c", SPARK_MASTER, json.dumps(list(masters)), marker="FOUND ")
+    assert found == list(masters.values())
+
+
 def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, object_store, mlflow_server):
     prefix = f"dags-{secrets.token_hex(4)}"
     places = Places(

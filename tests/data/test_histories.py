@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encode.data.histories import read_histories, to_histories
+from encode.data.histories import Histories, history_batch, read_histories, to_histories
 from encode.data.parquet import parquet_bytes
 from encode.errors import ArtifactError
+from encode.outputs import read_manifest, write_output
 from encode.schema import BEHAVIORS, day_start
-from encode.storage import FolderStorage, read_manifest, write_output
+from encode.storage import FolderStorage
 
 DAY = date(2024, 3, 5)
 
@@ -102,3 +103,19 @@ def test_a_damaged_file_is_refused(tmp_path):
     storage.put(f"behaviors/dt={DAY}/part-00000.parquet", b"other")
     with pytest.raises(ArtifactError, match="damaged"):
         read_histories(storage, date(2025, 1, 1))
+
+
+def test_history_batch_takes_users_in_any_order():
+    rng = np.random.default_rng(0)
+    rows = [(int(u), int(i), int(c), "pv", int(t)) for u, i, c, t in rng.integers(1, 9, (60, 4))]
+    histories = to_histories(table(rows))
+    for row, user in zip(history_batch(histories, np.array([3, 0, 3])).to_pylist(), (3, 0, 3), strict=True):
+        own = slice(histories.offsets[user], histories.offsets[user + 1])
+        assert row == {
+            "user_id": histories.user_ids[user],
+            "item_id": histories.item_ids[own].tolist(),
+            "category_id": histories.category_ids[own].tolist(),
+            "timestamp": histories.timestamps[own].tolist(),
+        }
+    none = Histories(*(np.zeros(n, np.int64) for n in (0, 1, 0, 0, 0)), np.zeros(0, np.int32), ())
+    assert history_batch(none, np.zeros(0, np.int64)).num_rows == 0

@@ -14,8 +14,9 @@ from encode.data import landing
 from encode.data.landing import land
 from encode.data.parquet import read_parquet
 from encode.errors import DataError
+from encode.outputs import read_manifest
 from encode.schema import day_start
-from encode.storage import FolderStorage, read_manifest
+from encode.storage import FolderStorage
 
 FIRST, SECOND = date(2017, 11, 25), date(2017, 11, 26)
 T1, T2 = day_start(FIRST), day_start(SECOND)

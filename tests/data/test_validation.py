@@ -23,8 +23,9 @@ from encode.data.landing import land
 from encode.data.parquet import parquet_bytes, read_parquet
 from encode.data.validation import MAX_REFUSED_DAYS, validate_day, validate_window
 from encode.errors import DataError, EncodeError, QualityError
+from encode.outputs import read_manifest
 from encode.schema import BEHAVIORS, QUARANTINE, Window, day_start
-from encode.storage import FolderStorage, read_manifest
+from encode.storage import FolderStorage
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "complete-journey.parquet"
 DAY = date(2024, 3, 5)
@@ -221,7 +222,7 @@ def test_another_version_of_the_package_does_not_make_a_day_stale(tmp_path, monk
     storage = FolderStorage(tmp_path)
     put_rows(storage, good_rows(10))
     validate_day(storage, DAY, config())
-    monkeypatch.setattr("encode.storage.__version__", "99.0")
+    monkeypatch.setattr("encode.outputs.__version__", "99.0")
     assert validate_day(storage, DAY, config()).unchanged
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
 from encode.interests.extract import extract, state_of
-from encode.interests.kmeans import cluster
+from encode.interests.kmeans import Starts, cluster
 from encode.model.ctr import Reader, Tables
 from encode.model.space import SpaceConfig, space_of
 from encode.schema import HISTORIES, interests_schema
@@ -56,7 +56,14 @@ def draw_histories(seed, num_users, longest=60):
     return histories
 
 
-def slow_row(user, events, space):
+def starts_of(found, places):
+    """The centers of some rows of an extraction, to start another from."""
+    centers = [np.reshape(found.column("center")[place].as_py(), (-1, MODEL.projected_dim)) for place in places]
+    offsets = np.append(0, np.cumsum([len(own) for own in centers]))
+    return Starts(np.concatenate(centers).astype(np.float32), offsets.astype(np.int64))
+
+
+def slow_row(user, events, space, starts=None):
     """One user by plain loops, in doubles; only the clustering is the library's."""
     words, row_of = space.vocabulary, {}
     for place, item in enumerate(words.item_ids.tolist()):
@@ -64,7 +71,7 @@ def slow_row(user, events, space):
     others = {category: 2 + place for place, category in enumerate(words.category_ids.tolist())}
     rows = [row_of.get(item, others.get(category, 1)) for item, category, _ in events]
     keys, values = space.key[rows].astype(float), space.embedding[rows].astype(float)
-    labels = cluster(space.key[rows], np.array([0, len(rows)]), np.array([user]), space.config.clustering)
+    labels = cluster(space.key[rows], np.array([0, len(rows)]), np.array([user]), space.config.clustering, starts)
     found = []
     for k in sorted(set(labels.tolist())):
         members = [i for i in range(len(rows)) if labels[i] == k]
@@ -87,6 +94,19 @@ def slow_row(user, events, space):
     return sorted(found, key=lambda one: (-one["size"], one["cluster"]))
 
 
+def assert_is_the_plain_loop(row, user, events, space, starts=None):
+    expected = slow_row(user, events, space, starts)
+    assert row["user_id"] == user
+    assert row["num_behaviors"] == len(events) == sum(row["size"])
+    for name in ("size", "newest", "top_items"):
+        assert row[name] == [one[name] for one in expected]
+    for name in ("center", "value"):
+        np.testing.assert_allclose(np.ravel(row[name]), np.ravel([one[name] for one in expected]), atol=1e-6)
+    assert row["size"] == sorted(row["size"], reverse=True)
+    recent = zip(row["recent_item_id"], row["recent_category_id"], row["recent_timestamp"], strict=True)
+    assert list(recent) == events[-RECENT:]
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(["relevance", "mean"]))
 @settings(deadline=None, max_examples=40)
 def test_extraction_is_the_plain_loop(seed, num_users, pooling):
@@ -94,18 +114,41 @@ def test_extraction_is_the_plain_loop(seed, num_users, pooling):
     histories = draw_histories(seed, num_users)
     found = extract(to_batch(histories), space)
     assert found.schema == interests_schema(MODEL.projected_dim, MODEL.embedding_dim)
-    assert found.column("user_id").to_pylist() == [user for user, _ in histories]
     for (user, events), row in zip(histories, found.to_pylist(), strict=True):
-        expected = slow_row(user, events, space)
-        assert row["num_behaviors"] == len(events) == sum(row["size"])
-        for name in ("size", "newest", "top_items"):
-            assert row[name] == [one[name] for one in expected]
-        for name in ("center", "value"):
-            np.testing.assert_allclose(np.ravel(row[name]), np.ravel([one[name] for one in expected]), atol=2e-5)
-        assert [np.linalg.norm(center) for center in row["center"]] == pytest.approx([1] * len(expected), abs=1e-5)
-        assert row["size"] == sorted(row["size"], reverse=True)
-        recent = zip(row["recent_item_id"], row["recent_category_id"], row["recent_timestamp"], strict=True)
-        assert list(recent) == events[-RECENT:]
+        assert_is_the_plain_loop(row, user, events, space)
+
+
+def test_a_history_of_100_000_behaviors_is_the_plain_loop():
+    rng = np.random.default_rng(2)
+    times = np.sort(rng.integers(1, 10**9, 100_000)).tolist()
+    events = [(item, item % 6, time) for item, time in zip(rng.integers(1, 51, 100_000).tolist(), times, strict=True)]
+    found = extract(to_batch([(2, []), (7, events), (9, events[:1])]), SPACE).to_pylist()
+    assert_is_the_plain_loop(found[1], 7, events, SPACE)
+    assert_is_the_plain_loop(found[2], 9, events[:1], SPACE)
+
+
+def test_clustering_starts_from_the_centers_that_are_given():
+    """Each user from its own, whoever else is in the batch; and they make a difference."""
+    histories = draw_histories(6, 20)
+    cold = extract(to_batch(histories), SPACE)
+    starts = starts_of(cold.take(pa.array([*range(1, 20), 0])), range(20))  # those of the next user
+    warm = extract(to_batch(histories), SPACE, starts)
+    assert not warm.equals(cold)
+    for place, (user, events) in enumerate(histories):
+        own = Starts(
+            starts.centers[slice(*starts.offsets[place : place + 2])], np.diff(starts.offsets)[place] * np.arange(2)
+        )
+        assert_is_the_plain_loop(warm.slice(place, 1).to_pylist()[0], user, events, SPACE, own)
+        assert extract(to_batch([histories[place]]), SPACE, own).equals(warm.slice(place, 1)), f"user {place} alone"
+
+
+def test_threads_change_nothing():
+    """Threads of one extraction, and extractions in several threads."""
+    batch = to_batch(draw_histories(8, 40))
+    space = make_space()
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda num_threads: extract(batch, space, None, num_threads), [1, 2, 5, None, 1]))
+    assert all(one.equals(extract(batch, SPACE)) for one in found)
 
 
 def test_top_items_by_hand():

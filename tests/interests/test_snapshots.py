@@ -1,45 +1,34 @@
-"""Snapshots: whatever breaks in between, the old one serves until the new one is whole."""
+"""Snapshots: what is in them, and that spaces do not mix."""
 
 from __future__ import annotations
 
-import secrets
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from pydantic import SecretStr
 
-from encode.config import ClusteringConfig, ModelConfig, Places
-from encode.data.histories import Histories, to_histories
+from encode.config import ClusteringConfig, ModelConfig, Places, RefreshConfig
+from encode.data.buckets import group
 from encode.data.vocabulary import Vocabulary
+from encode.engines.local import LocalEngine
 from encode.errors import ArtifactError
 from encode.interests.extract import extract, state_of
-from encode.interests.snapshots import (
-    Pointer,
-    history_batch,
-    move_pointer,
-    publish,
-    read_pointer,
-    read_space,
-    write_snapshot,
-    write_space,
-)
+from encode.interests.refresh import refresh_interests
+from encode.interests.snapshots import folder_of, read_space, write_space
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
 from encode.model.space import SpaceConfig, space_of
-from encode.schema import BEHAVIORS, day_start
+from encode.outputs import read_manifest
+from encode.pointers import read_pointer
+from encode.schema import SECONDS_PER_DAY, day_of, day_start
 from encode.serving.bundle import load_bundle
-from encode.storage import LostRace, open_storage, read_manifest
+from encode.storage import open_storage
 
 MODEL = ModelConfig(embedding_dim=6, category_dim=2, projected_dim=3, recent_length=4, hidden_dims=(8,))
 VOCABULARY = Vocabulary(np.array([1, 2]), np.arange(10, 30), 1 + np.arange(20) % 2)
-MONDAY, TUESDAY = date(2024, 3, 4), date(2024, 3, 5)
-NUM_PARTS = 3
-NUM_WRITES = NUM_PARTS + 2  # parts, manifest, pointer
+MONDAY = date(2024, 3, 4)
+NUM_BUCKETS = 4
 
 
 def make_model(seed=0):
@@ -56,229 +45,53 @@ def make_model(seed=0):
 SPACE, FILES = make_model()
 
 
-def draw_histories(num_users, until):
-    """Histories of 1 to 30 behaviors on the days before `until`."""
+def draw(num_users, until=MONDAY):
+    """Behaviors of users who have 1 to 30 each, on the days before `until`, [N, 4]."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 30, num_users)
     users = np.repeat(rng.choice(10**6, num_users, replace=False) + 1, lengths)
     items = rng.integers(5, 35, len(users))
-    times = rng.integers(day_start(date(2024, 2, 1)), day_start(date(2024, 3, 8)), len(users))
-    columns = [users, items, items % 3, pa.array(["pv"] * len(users)).dictionary_encode(), times]
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, BEHAVIORS, strict=True)], schema=BEHAVIORS)
-    return to_histories(table).before(day_start(until))
+    times = rng.integers(day_start(date(2024, 2, 27)), day_start(date(2024, 3, 8)), len(users))
+    times[np.cumsum(lengths) - 1] = day_start(date(2024, 2, 27))  # nobody comes later
+    rows = np.column_stack([users, items, items % 3, times])
+    return rows[times < day_start(until)]
 
 
-def refresh(storage, until=MONDAY, space=SPACE, num_users=12):
-    """What the step does."""
-    inputs = {f"behaviors/dt={until}": "d"}
-    histories = draw_histories(num_users, until)
-    snapshot, manifest = write_snapshot(storage, space, histories, until, inputs, NUM_PARTS, lambda _: None)
-    return publish(storage, space.id, snapshot, manifest)
+@pytest.fixture
+def refresh(write_day, tmp_path):
+    """What the step does, on one machine: refresh one space as of a day, from behaviors drawn for it."""
+    engine = LocalEngine(RefreshConfig(), Places(store=str(tmp_path), scratch=tmp_path / "scratch"))
+
+    def run(storage, until=MONDAY, space=SPACE, num_users=12):
+        rows = draw(num_users, until)
+        for day in {day_of(int(timestamp)) for timestamp in rows[:, 3]}:
+            if read_manifest(storage, f"behaviors/dt={day}") is None:
+                first = day_start(day)
+                write_day(storage, day, rows[(rows[:, 3] >= first) & (rows[:, 3] < first + SECONDS_PER_DAY)])
+        config = RefreshConfig(min_buckets=NUM_BUCKETS)
+        return refresh_interests(storage, [space.id], until, config, engine, lambda _: None)[1][space.id]
+
+    return run
 
 
 def contents(storage):
     return {key: storage.get(key) for key in storage.list("")}
 
 
-@pytest.fixture(params=["folder", "s3"])
-def storage(request, tmp_path):
-    if request.param == "folder":
-        return open_storage(Places(store=str(tmp_path / "store")))
-    server = request.getfixturevalue("object_store")
-    store = f"s3://{server.bucket}/test-snapshots/{secrets.token_hex(8)}"
-    secret = SecretStr(server.secret_key)
-    return open_storage(
-        Places(store=store, endpoint_url=server.endpoint_url, access_key=server.access_key, secret_key=secret)
-    )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return open_storage(Places(store=str(tmp_path / "store")))
-
-
-class PowerCut(Exception):  # noqa: N818
-    """The process died."""
-
-
-class Dying:
-    """A store in front of which the process dies at the n-th write, just before or just after it took effect."""
-
-    def __init__(self, storage, last, after):
-        self._storage, self._left, self._after = storage, last, after
-        self._lock = threading.Lock()
-
-    def __getattr__(self, name):
-        return getattr(self._storage, name)
-
-    def _write(self, name, *arguments):
-        with self._lock:
-            self._left -= 1
-            if self._left < 0 or (self._left == 0 and not self._after):
-                raise PowerCut
-            getattr(self._storage, name)(*arguments)
-            if self._left == 0:
-                raise PowerCut
-
-    def put(self, *arguments):
-        self._write("put", *arguments)
-
-    def create(self, *arguments):
-        self._write("create", *arguments)
-
-    def replace(self, *arguments):
-        self._write("replace", *arguments)
-
-
-# --- crash at each write -----------------------------------------------------------------------------------
-
-
-def test_a_refresh_writes_parts_manifest_and_pointer(folder):
-    with pytest.raises(PowerCut):
-        refresh(Dying(folder, NUM_WRITES, after=True))
-    assert read_pointer(folder, SPACE.id)[0].as_of == MONDAY
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_a_crash_at_any_write_leaves_the_old_snapshot_served(storage, after, tmp_path):
-    write_space(storage, SPACE, {})
-    old = refresh(storage, MONDAY)
-    users = draw_histories(12, MONDAY).user_ids.tolist()
-    expected = [load_bundle(storage, FILES, "1", tmp_path / "cache").score(user, [10, 11]) for user in users]
-    days = [date(2024, 3, 4 + last) for last in range(1, NUM_WRITES + 1)]
-    for last, day in enumerate(days, 1):
-        with pytest.raises(PowerCut):
-            refresh(Dying(storage, last, after), day)
-        pointer, _ = read_pointer(storage, SPACE.id)
-        if last == NUM_WRITES and after:
-            assert pointer.as_of == day  # the pointer is all that makes it current
-            break
-        assert pointer == old
-        bundle = load_bundle(storage, FILES, "1", tmp_path / f"cache-{last}")
-        assert [bundle.score(user, [10, 11]) for user in users] == expected
-    clean = open_storage(Places(store=str(tmp_path / "clean")))
-    write_space(clean, SPACE, {})
-    for one in (storage, clean):
-        for day in [MONDAY, *days]:
-            refresh(one, day)
-    assert load_bundle(storage, FILES, "1", tmp_path / "cache").pointer.as_of == days[-1]
-    assert contents(storage) == contents(clean)
-
-
-def test_a_crash_at_the_first_snapshot_leaves_none(folder, tmp_path):
-    write_space(folder, SPACE, {})
-    for last in range(1, NUM_WRITES + 1):
-        with pytest.raises(PowerCut):
-            refresh(Dying(folder, last, after=False))
-        with pytest.raises(ArtifactError, match=r"current\.json: no snapshot yet in this space; refresh it first"):
-            load_bundle(folder, FILES, "1", tmp_path / "cache")
-
-
-# --- the pointer -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_of_many_who_move_the_pointer_one_wins(storage, first):
-    if not first:
-        move_pointer(storage, SPACE.id, Pointer("before", MONDAY, "0"), None)
-    found = read_pointer(storage, SPACE.id)
-    version = found[1] if found else None
-    gate = threading.Barrier(16)
-
-    def attempt(number):
-        pointer = Pointer(f"snapshot-{number}", MONDAY, "0")
-        gate.wait()
-        try:
-            move_pointer(storage, SPACE.id, pointer, version)
-        except LostRace:
-            return None
-        return pointer
-
-    with ThreadPoolExecutor(16) as pool:
-        won = [pointer for pointer in pool.map(attempt, range(16)) if pointer]
-    assert won == [read_pointer(storage, SPACE.id)[0]]
-
-
-def test_the_pointer_moves_once_from_each_version(storage):
-    for day in (MONDAY, TUESDAY):
-        found = read_pointer(storage, SPACE.id)
-        version = found[1] if found else None
-        first, second = (Pointer(name, day, "0") for name in ("first", "second"))
-        move_pointer(storage, SPACE.id, first, version)
-        with pytest.raises(LostRace):
-            move_pointer(storage, SPACE.id, second, version)
-        assert read_pointer(storage, SPACE.id)[0] == first
-
-
-def test_many_who_publish_end_with_the_latest_day(storage):
-    """Each retries until its snapshot or a later one is current."""
-    days = [date(2024, 3, day) for day in range(1, 9)]
-    manifests = {}
-    for day in days:
-        made = write_snapshot(storage, SPACE, draw_histories(2, MONDAY), day, {}, 1, lambda _: None)
-        manifests[day] = made
-    gate = threading.Barrier(len(days))
-
-    def attempt(day):
-        gate.wait()
-        return publish(storage, SPACE.id, *manifests[day])
-
-    with ThreadPoolExecutor(len(days)) as pool:
-        returned = list(pool.map(attempt, days))
-    assert all(pointer.as_of >= day for pointer, day in zip(returned, days, strict=True))
-    assert read_pointer(storage, SPACE.id)[0].as_of == days[-1]
-
-
-def test_publishing_never_goes_back_to_an_earlier_day(storage):
-    later = refresh(storage, TUESDAY)
-    assert refresh(storage, MONDAY) == later
-    assert read_pointer(storage, SPACE.id)[0] == later
-
-
-def test_the_same_day_can_be_published_anew(folder):
-    first = refresh(folder, MONDAY)
-    histories = draw_histories(12, MONDAY)
-    made = write_snapshot(folder, SPACE, histories, MONDAY, {"behaviors/dt=2": "late"}, NUM_PARTS, lambda _: None)
-    second = publish(folder, SPACE.id, *made)
-    assert second.snapshot != first.snapshot
-    assert read_pointer(folder, SPACE.id)[0] == second
-
-
-def test_a_publisher_gives_up_when_the_pointer_never_stays(folder, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    made = write_snapshot(folder, SPACE, draw_histories(2, MONDAY), MONDAY, {}, 1, lambda _: None)
-
-    class Busy:
-        def __getattr__(self, name):
-            return getattr(folder, name)
-
-        def create(self, key, data):
-            raise LostRace(key)
-
-    with pytest.raises(ArtifactError, match=r"current\.json: moved by others 20 times"):
-        publish(Busy(), SPACE.id, *made)
-
-
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"snapshot":"a","as_of":"today","manifest":"b"}', b"\xff"])
-def test_a_pointer_that_cannot_be_read_is_named(folder, data):
-    folder.put(f"interests/{SPACE.id}/current.json", data)
-    with pytest.raises(ArtifactError, match=r"current\.json: not a pointer .*; publish a snapshot again"):
-        read_pointer(folder, SPACE.id)
-
-
 # --- the content -------------------------------------------------------------------------------------------
 
 
-def test_a_rerun_changes_nothing(storage, monkeypatch):
+def test_a_rerun_changes_nothing(storage, refresh, dying, monkeypatch):
     """It neither extracts nor writes."""
+    write_space(storage, SPACE, {})
     first = refresh(storage)
     before = {key: storage.get_versioned(key) for key in storage.list("")}
-    monkeypatch.setattr("encode.interests.snapshots.extract", None)
-    assert refresh(Dying(storage, 1, after=False)) == first  # it would die at its first write
+    monkeypatch.setattr("encode.interests.refresh.extract", None)
+    assert refresh(dying[0](storage, 1)) == first  # it would die at its first write
     assert {key: storage.get_versioned(key) for key in storage.list("")} == before
 
 
-def test_the_same_inputs_give_the_same_bytes(storage, tmp_path):
+def test_the_same_inputs_give_the_same_bytes(storage, refresh, tmp_path):
     other = open_storage(Places(store=str(tmp_path / "other")))
     for one in (storage, other):
         write_space(one, SPACE, {})
@@ -286,72 +99,60 @@ def test_the_same_inputs_give_the_same_bytes(storage, tmp_path):
     assert contents(storage) == contents(other)
 
 
-def test_every_user_is_in_one_part_with_the_row_of_extraction(folder, tmp_path):
+def rows_by_user(num_users):
+    """Extraction of everybody at once, by user."""
+    rows = extract(group(draw(num_users)).batch(0, num_users), SPACE).to_pylist()
+    return {row["user_id"]: row for row in rows}
+
+
+def test_every_user_is_in_one_part_with_the_row_of_extraction(folder, refresh, tmp_path):
     """And the manifest counts what is there."""
     write_space(folder, SPACE, {})
     pointer = refresh(folder)
     manifest = read_manifest(folder, f"interests/{SPACE.id}/{pointer.snapshot}")
-    histories = draw_histories(12, MONDAY)
-    rows = extract(history_batch(histories, np.arange(12)), SPACE)
+    rows = rows_by_user(12)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
-    assert sorted(np.concatenate(list(snapshot.user_ids()))) == histories.user_ids.tolist()
-    for place, user in enumerate(histories.user_ids.tolist()):
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[
-            0
-        ]
+    assert sorted(np.concatenate(list(snapshot.user_ids()))) == sorted(rows)
+    for user, row in rows.items():
+        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == row
     assert snapshot.find(999_999_999) is None
     assert manifest.counts == {
         "users": 12,
-        "behaviors": len(histories.timestamps),
-        "interests": sum(len(sizes) for sizes in rows.column("size").to_pylist()),
+        "clustered": 12,
+        "behaviors": len(draw(12)),
+        "interests": sum(len(row["size"]) for row in rows.values()),
     }
     assert sum(part.rows for part in manifest.parts) == 12
-    assert manifest.details == {"as_of": "2024-03-04", "space": SPACE.id}
-    assert histories.timestamps.max() < day_start(MONDAY)
+    assert manifest.details["space"] == SPACE.id
+    assert snapshot.busiest_user() == max(rows.values(), key=lambda row: row["num_behaviors"])["user_id"]
 
 
 @pytest.mark.parametrize("num_users", [1, 2])
-def test_parts_without_users_do_no_harm(folder, tmp_path, num_users):
+def test_parts_without_users_do_no_harm(folder, refresh, tmp_path, num_users):
     write_space(folder, SPACE, {})
     refresh(folder, num_users=num_users)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
     assert snapshot.num_users == num_users
-    assert all(snapshot.find(user) for user in draw_histories(num_users, MONDAY).user_ids.tolist())
+    assert all(snapshot.find(user) for user in np.unique(draw(num_users)[:, 0]).tolist())
+    assert snapshot.find(3) is None
 
 
-def test_more_users_than_a_batch_holds(folder, tmp_path, monkeypatch):
-    """Batches of 5 or of 1024 hold the same rows."""
+def test_more_users_than_a_batch_holds(folder, refresh, tmp_path, monkeypatch):
+    """Files in batches of 5, extracted in batches of 40 behaviors, hold the same rows."""
     monkeypatch.setattr("encode.interests.snapshots._USERS_PER_BATCH", 5)
+    monkeypatch.setattr("encode.interests.refresh._BEHAVIORS_PER_BATCH", 40)
     write_space(folder, SPACE, {})
     refresh(folder, num_users=60)
-    histories = draw_histories(60, MONDAY)
-    rows = extract(history_batch(histories, np.arange(60)), SPACE)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
-    for place, user in enumerate(histories.user_ids.tolist()):
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == rows.slice(place, 1).to_pylist()[
-            0
-        ]
-
-
-def test_history_batch_takes_users_in_any_order():
-    histories = draw_histories(5, MONDAY)
-    for row, user in zip(history_batch(histories, np.array([3, 0, 3])).to_pylist(), (3, 0, 3), strict=True):
-        rows = slice(histories.offsets[user], histories.offsets[user + 1])
-        assert row == {
-            "user_id": histories.user_ids[user],
-            "item_id": histories.item_ids[rows].tolist(),
-            "category_id": histories.category_ids[rows].tolist(),
-            "timestamp": histories.timestamps[rows].tolist(),
-        }
-    none = Histories(*(np.zeros(n, np.int64) for n in (0, 1, 0, 0, 0)), np.zeros(0, np.int32), ())
-    assert history_batch(none, np.zeros(0, np.int64)).num_rows == 0
+    for user, row in rows_by_user(60).items():
+        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == row
 
 
 # --- spaces do not mix -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def two_spaces(folder):
+def two_spaces(folder, refresh):
     """A store with two spaces, each with a current snapshot; the second space and its model's files."""
     other, other_files = make_model(seed=1)
     for space in (SPACE, other):
@@ -391,8 +192,8 @@ def test_a_pointer_of_another_space_is_refused(folder, two_spaces, tmp_path):
 
 def test_a_manifest_other_than_the_one_pointed_at_is_refused(folder, two_spaces, tmp_path):
     other, _ = two_spaces
-    pointer = read_pointer(folder, SPACE.id)[0]
-    theirs = read_pointer(folder, other.id)[0].snapshot
+    pointer = read_pointer(folder, folder_of(SPACE.id))[0]
+    theirs = read_pointer(folder, folder_of(other.id))[0].snapshot
     folder.put(
         f"interests/{SPACE.id}/{pointer.snapshot}/manifest.json",
         folder.get(f"interests/{other.id}/{theirs}/manifest.json"),
@@ -403,7 +204,7 @@ def test_a_manifest_other_than_the_one_pointed_at_is_refused(folder, two_spaces,
 
 def test_parts_of_another_space_are_refused(folder, two_spaces, tmp_path):
     other, _ = two_spaces
-    ours, theirs = (read_pointer(folder, space.id)[0].snapshot for space in (SPACE, other))
+    ours, theirs = (read_pointer(folder, folder_of(space.id))[0].snapshot for space in (SPACE, other))
     name = "part-000.arrow"
     folder.put(f"interests/{SPACE.id}/{ours}/{name}", folder.get(f"interests/{other.id}/{theirs}/{name}"))
     with pytest.raises(ArtifactError, match=f"{name}: damaged"):
@@ -429,9 +230,9 @@ def test_a_missing_space_is_named(folder, tmp_path):
         load_bundle(folder, FILES, "1", tmp_path / "cache")
 
 
-def test_a_space_is_written_once_and_read_back(storage):
+def test_a_space_is_written_once_and_read_back(storage, dying):
     prefix = write_space(storage, SPACE, {})
-    write_space(Dying(storage, 1, after=False), SPACE, {"other": "inputs"})
+    write_space(dying[0](storage, 1), SPACE, {"other": "inputs"})
     assert read_space(storage, SPACE.id).files == SPACE.files
     storage.put(f"{prefix}/space.safetensors", SPACE.files["space.safetensors"][:-1])
     with pytest.raises(ArtifactError, match=r"space\.safetensors: damaged"):
@@ -441,7 +242,7 @@ def test_a_space_is_written_once_and_read_back(storage):
 # --- the local copy ----------------------------------------------------------------------------------------
 
 
-def test_a_damaged_local_copy_is_fetched_again(folder, tmp_path):
+def test_a_damaged_local_copy_is_fetched_again(folder, refresh, tmp_path):
     write_space(folder, SPACE, {})
     pointer = refresh(folder)
     first = load_bundle(folder, FILES, "1", tmp_path / "cache")

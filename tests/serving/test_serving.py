@@ -18,15 +18,17 @@ import pytest
 import torch
 
 from encode.config import ClusteringConfig, ModelConfig, Places, RegistryConfig
-from encode.data.histories import to_histories
+from encode.data.histories import history_batch, to_histories
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
 from encode.evaluate.replay import make_replay, predict
-from encode.interests.extract import state_of
-from encode.interests.snapshots import publish, read_pointer, write_snapshot, write_space
+from encode.interests.extract import extract, state_of
+from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file, write_space
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_digest, model_files
 from encode.model.space import SpaceConfig, space_of
+from encode.outputs import write_output
+from encode.pointers import publish, read_pointer
 from encode.registry import Version
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, Window, day_start
 from encode.serving.app import MAX_CANDIDATES, create_app
@@ -79,9 +81,22 @@ HISTORIES = draw_histories()
 
 
 def refresh(storage, as_of=AS_OF, space=SPACE):
+    """Publish a snapshot of the histories before a day, as one file made in one go."""
     known = HISTORIES.before(day_start(as_of))
-    made = write_snapshot(storage, space, known, as_of, {"behaviors": str(as_of)}, 3, lambda _: None)
-    return publish(storage, space.id, *made)
+    rows = pa.Table.from_batches([extract(history_batch(known, np.arange(len(known))), space)])
+    snapshot = f"{as_of:%Y%m%d}-made"
+    manifest = write_output(
+        storage,
+        f"{folder_of(space.id)}/{snapshot}",
+        {snapshot_file(0): snapshot_bytes(rows)},
+        kind="interests",
+        fingerprint=str(as_of),
+        config={"num_buckets": 1},
+        inputs={},
+        counts={"users": len(rows)},
+        details={"as_of": str(as_of), "space": space.id},
+    )
+    return publish(storage, folder_of(space.id), snapshot, manifest)
 
 
 class OneVersion:
@@ -261,7 +276,7 @@ def test_other_candidates_change_no_score(client):
 
 def test_an_answer_says_what_it_came_from(client, storage):
     answer = score(client, user_id=3)
-    pointer, _ = read_pointer(storage, SPACE.id)
+    pointer, _ = read_pointer(storage, folder_of(SPACE.id))
     assert (answer["user_id"], answer["item_ids"]) == (3, [10, 11, 12])
     assert all(0 < p < 1 for p in answer["probabilities"])
     assert answer["bundle"] == {
@@ -530,7 +545,7 @@ def test_a_request_under_way_finishes_on_its_bundle(client, storage, monkeypatch
 def test_a_damaged_snapshot_keeps_the_bundle_and_is_reported(client, storage):
     before = score(client)
     pointer = refresh(storage, END)
-    key = f"interests/{SPACE.id}/{pointer.snapshot}/part-001.arrow"
+    key = f"interests/{SPACE.id}/{pointer.snapshot}/part-000.arrow"
     whole = storage.get(key)
     storage.put(key, whole[:-8])
     client.post("/v1/release/reload")

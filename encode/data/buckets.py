@@ -1,0 +1,313 @@
+"""The histories of a bucket: grouped by user, oldest first, and as two files from which one user can be read alone.
+
+part-NNN.users.arrow   who is in it: user_id ascending, num_behaviors, mark; read as a whole
+part-NNN.rows.npy      item_id, category_id, timestamp of each behavior, user after user; a user is one range of bytes
+
+A bucket is a base and the files of later days on top of it. A user may be in several of them, and the history is all
+of those rows in order of time. The mark of a user is a sum over rows, so the marks of the files add up: two states of a
+history differ exactly if count or mark do (up to one chance in 2^64).
+
+    U users   N behaviors of all users
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from encode.engines import Result
+from encode.errors import ArtifactError
+from encode.outputs import Part, read_part
+from encode.schema import HISTORIES, canonical_json
+from encode.storage import Storage
+
+USERS, ROWS = ".users.arrow", ".rows.npy"
+Ints = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.uint64]
+_NUM_THREADS = 8
+_BYTES_PER_BEHAVIOR = 24
+_WHOLE_FILE_SHARE = 0.2
+"""Share of a file's behaviors from which reading it whole is cheaper than range by range."""
+_RESULT = ".result.json"
+_INDEX = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("num_behaviors", pa.int64(), nullable=False),
+        pa.field("mark", pa.uint64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The histories of U users of one bucket."""
+
+    user_ids: Ints
+    """Ascending, [U]."""
+    offsets: Ints
+    """Start of each user's rows, then the end of the last, [U + 1]."""
+    rows: Ints
+    """item_id, category_id and timestamp; by timestamp, then item, then category within a user, [N, 3]."""
+
+    def batch(self, first: int, last: int) -> pa.RecordBatch:
+        """Return the histories of users `first` to `last` as rows of `schema.HISTORIES`."""
+        begin, end = self.offsets[first], self.offsets[last]
+        offsets = pa.array(self.offsets[first : last + 1] - begin, pa.int32())
+        lists = [
+            pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(self.rows[begin:end, column])))
+            for column in range(3)
+        ]
+        return pa.RecordBatch.from_arrays([pa.array(self.user_ids[first:last]), *lists], schema=HISTORIES)
+
+    def behaviors(self) -> Ints:
+        """Return the rows with their user in front, as `group` takes them, [N, 4]."""
+        return np.column_stack([np.repeat(self.user_ids, np.diff(self.offsets)), self.rows])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Who is in a bucket, in all its files together."""
+
+    user_ids: Ints
+    """Ascending, [U]."""
+    num_behaviors: Ints
+    """[U]"""
+    marks: Marks
+    """[U]"""
+
+    def changed_since(self, before: Index) -> Ints:
+        """Return the users whose history is another one than `before`, or who were not there, ascending."""
+        if len(before.user_ids) == 0:
+            return self.user_ids
+        place = np.searchsorted(before.user_ids, self.user_ids).clip(max=len(before.user_ids) - 1)
+        same = (
+            (before.user_ids[place] == self.user_ids)
+            & (before.num_behaviors[place] == self.num_behaviors)
+            & (before.marks[place] == self.marks)
+        )
+        changed: Ints = self.user_ids[~same]
+        return changed
+
+
+def bucket_name(bucket: int) -> str:
+    """Return what the files of a bucket begin with."""
+    return f"part-{bucket:03d}"
+
+
+def files_of(parts: Sequence[Part], bucket: int, prefix: str) -> list[Part]:
+    """Return the files of a bucket, oldest first, as another output names those of the output at `prefix`."""
+    return [part.referenced(prefix) for part in parts if part.name.startswith(bucket_name(bucket) + ".")]
+
+
+def dumped(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return descriptions of files as JSON can hold them."""
+    return [part.model_dump(mode="json") for part in parts]
+
+
+def finish(storage: Storage, prefix: str, result: Result) -> Result:
+    """Note what was made of a bucket, beside its files: an interrupted run goes on after it. Returns `result`."""
+    storage.put(f"{prefix}/{bucket_name(result['bucket'])}{_RESULT}", canonical_json(result))
+    return result
+
+
+def finished(storage: Storage, prefix: str) -> dict[int, Result]:
+    """Return what an interrupted run has made of the buckets that it finished."""
+    keys = [key for key in storage.list(f"{prefix}/") if key.endswith(_RESULT)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        results = [json.loads(data) for data in pool.map(storage.get, keys)]
+    return {result["bucket"]: result for result in results}
+
+
+# --- grouping ----------------------------------------------------------------------------------------------
+
+
+def group(behaviors: Ints) -> Bucket:
+    """Group rows of user_id, item_id, category_id and timestamp, [N, 4], in any order: equal rows give equal bytes."""
+    user_ids, offsets, rows = _group(np.ascontiguousarray(behaviors))
+    return Bucket(user_ids, offsets, rows)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _mix(x: np.uint64) -> np.uint64:
+    """Splitmix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _number(behaviors: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
+    """Number the users in the order of their first row: each row's number, [N], and each number's user id, [U]."""
+    capacity = 16
+    while capacity < 2 * len(behaviors):
+        capacity *= 2
+    slots = np.full(capacity, -1, np.int32)
+    numbers = np.empty(len(behaviors), np.int32)
+    users = np.empty(len(behaviors), np.int64)
+    count = 0
+    for i in range(len(behaviors)):
+        user = behaviors[i, 0]
+        slot = np.int64(_mix(np.uint64(user)) & np.uint64(capacity - 1))
+        while slots[slot] >= 0 and users[slots[slot]] != user:
+            slot = (slot + 1) & (capacity - 1)
+        if slots[slot] < 0:
+            slots[slot] = count
+            users[count] = user
+            count += 1
+        numbers[i] = slots[slot]
+    return numbers, users[:count].copy()
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _group(behaviors: Ints) -> tuple[Ints, Ints, Ints]:
+    numbers, users = _number(behaviors)
+    order = np.argsort(users)
+    counts = np.zeros(len(users), np.int64)
+    for i in range(len(numbers)):
+        counts[numbers[i]] += 1
+    offsets = np.zeros(len(users) + 1, np.int64)
+    place = np.empty(len(users), np.int64)
+    for rank in range(len(users)):
+        place[order[rank]] = offsets[rank]
+        offsets[rank + 1] = offsets[rank] + counts[order[rank]]
+    rows = np.empty((len(behaviors), 3), np.int64)
+    for i in range(len(behaviors)):
+        to = place[numbers[i]]
+        place[numbers[i]] += 1
+        for column in range(3):
+            rows[to, column] = behaviors[i, column + 1]
+    for rank in range(len(users)):
+        _sort(rows[offsets[rank] : offsets[rank + 1]])
+    return users[order], offsets, rows
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _sort(rows: Ints) -> None:
+    """Sort by timestamp, item, category, in place; by timestamp alone where that settles it."""
+    disorder, ties = False, False
+    for i in range(1, len(rows)):
+        disorder |= rows[i, 2] < rows[i - 1, 2]
+    if disorder:
+        rows[:] = rows[np.argsort(rows[:, 2], kind="mergesort")]
+    for i in range(1, len(rows)):
+        if rows[i, 2] == rows[i - 1, 2]:
+            ties |= rows[i, 0] < rows[i - 1, 0] or (rows[i, 0] == rows[i - 1, 0] and rows[i, 1] < rows[i - 1, 1])
+    if ties:
+        for column in (1, 0, 2):
+            rows[:] = rows[np.argsort(rows[:, column], kind="mergesort")]
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _marks(offsets: Ints, rows: Ints) -> Marks:
+    marks = np.zeros(len(offsets) - 1, np.uint64)
+    for user in range(len(marks)):
+        for i in range(offsets[user], offsets[user + 1]):
+            x = np.uint64(0x9E3779B97F4A7C15)
+            for column in range(3):
+                x = _mix(x + np.uint64(rows[i, column]))
+            marks[user] += x
+    return marks
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def bucket_files(bucket: Bucket) -> tuple[bytes, bytes]:
+    """Return the content of the two files: users, rows."""
+    index = [bucket.user_ids, np.diff(bucket.offsets), _marks(bucket.offsets, bucket.rows)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, _INDEX) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays([pa.array(column) for column in index], schema=_INDEX))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(bucket.rows))
+    return bytes(sink.getvalue()), b"".join([header.getvalue(), bucket.rows.data])
+
+
+def read_index(storage: Storage, prefix: str, parts: Sequence[Part], bucket: int) -> Index:
+    """Return who is in a bucket; `parts` are the files of the output at `prefix`."""
+    files = files_of(parts, bucket, prefix)
+    return _total([_read_index(storage, prefix, part) for part in files if part.name.endswith(USERS)])
+
+
+def read_bucket(storage: Storage, prefix: str, parts: Sequence[Part], bucket: int, users: Ints | None = None) -> Bucket:
+    """Return the histories of some users of a bucket, ascending, or of all.
+
+    The files of a bucket come in pairs, users and rows. Few users are read by ranges of bytes, each checked by its
+    mark; otherwise whole files, checked by their digest.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+    """
+    pieces = []
+    files = files_of(parts, bucket, prefix)
+    for part, rows in zip(files[::2], files[1::2], strict=True):
+        index = _read_index(storage, prefix, part)
+        chosen = np.arange(len(index.user_ids)) if users is None else _places(index.user_ids, users)
+        if len(chosen):
+            pieces.append(_read_rows(storage, prefix, rows, index, chosen))
+    if len(pieces) == 1:
+        return pieces[0]
+    return group(np.concatenate([piece.behaviors() for piece in pieces]) if pieces else np.empty((0, 4), np.int64))
+
+
+def _read_rows(storage: Storage, prefix: str, part: Part, index: Index, chosen: Ints) -> Bucket:
+    ends = np.cumsum(index.num_behaviors)
+    begins = ends - index.num_behaviors
+    where = f"{storage.uri}/{part.key(prefix)}"
+    offsets = np.append(0, np.cumsum(index.num_behaviors[chosen]))
+    # The rows are the end of the file, whatever the length of the header.
+    header = part.bytes - int(ends[-1]) * _BYTES_PER_BEHAVIOR
+    if offsets[-1] > _WHOLE_FILE_SHARE * ends[-1]:
+        rows = np.frombuffer(read_part(storage, prefix, part), np.int64, offset=header).reshape(-1, 3)
+        if len(chosen) < len(index.user_ids):
+            kept = np.zeros(len(index.user_ids), bool)
+            kept[chosen] = True
+            rows = rows[np.repeat(kept, index.num_behaviors)]
+    else:
+        ranges = zip(begins[chosen].tolist(), ends[chosen].tolist(), strict=True)
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            data = pool.map(
+                lambda r: storage.get_range(
+                    part.key(prefix), header + r[0] * _BYTES_PER_BEHAVIOR, header + r[1] * _BYTES_PER_BEHAVIOR
+                ),
+                ranges,
+            )
+            rows = np.frombuffer(b"".join(data), np.int64).reshape(-1, 3)
+        if (damaged := np.flatnonzero(_marks(offsets, rows) != index.marks[chosen])).size:
+            raise ArtifactError(
+                f"{where}: damaged: rows of user {index.user_ids[chosen[damaged[0]]]} are not those that the index "
+                "names; remove this output and run the step again"
+            )
+    return Bucket(index.user_ids[chosen], offsets, rows)
+
+
+def _read_index(storage: Storage, prefix: str, part: Part) -> Index:
+    batch = pa.ipc.open_file(pa.BufferReader(read_part(storage, prefix, part))).get_batch(0)
+    return Index(*(batch.column(name).to_numpy() for name in _INDEX.names))
+
+
+def _total(indexes: Sequence[Index]) -> Index:
+    """Add up counts and marks of the files of a bucket."""
+    if len(indexes) == 1:
+        return indexes[0]
+    users = np.concatenate([np.zeros(0, np.int64), *(index.user_ids for index in indexes)])
+    ids, place = np.unique(users, return_inverse=True)
+    counts, marks = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint64)
+    if indexes:
+        np.add.at(counts, place, np.concatenate([index.num_behaviors for index in indexes]))
+        np.add.at(marks, place, np.concatenate([index.marks for index in indexes]))
+    return Index(ids, counts, marks)
+
+
+def _places(sorted_ids: Ints, wanted: Ints) -> Ints:
+    """Return where the wanted users that are there lie, ascending."""
+    return np.flatnonzero(np.isin(sorted_ids, wanted, assume_unique=True))

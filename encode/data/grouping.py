@@ -1,0 +1,231 @@
+"""Validated days into histories by bucket, and each later day on top: what a refresh reads.
+
+histories/<snapshot>/part-NNN.{users.arrow,rows.npy}    see `encode.data.buckets`; NNN is a hash of the user id
+histories/<snapshot>/manifest.json                      last; names files of earlier snapshots too
+histories/current.json                                  what the next day is added to
+
+A new day adds a small file to each bucket that it touches; earlier files are named, not copied. Where those files have
+become many or large, or hold a user who was erased, the bucket is folded into one base. A day that was validated again
+or removed, and a log that has outgrown its number of buckets, group everything anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from encode.config import RefreshConfig
+from encode.data.buckets import (
+    ROWS,
+    USERS,
+    Index,
+    bucket_files,
+    bucket_name,
+    dumped,
+    files_of,
+    finish,
+    finished,
+    group,
+    read_bucket,
+    read_index,
+)
+from encode.data.erasures import ERASURES, erased_users
+from encode.data.partitions import validated_days
+from encode.engines import Engine, Result, Rows, counted
+from encode.outputs import Manifest, Part, complete_output, read_part, recipe, write_part
+from encode.pointers import publish, read_current
+from encode.schema import digest
+from encode.storage import Storage
+
+FOLDER = "histories"
+_COLUMNS = ["user_id", "item_id", "category_id", "timestamp"]
+_ROWS_PER_PIECE = 1 << 18
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The histories of all users as of a day, in files."""
+
+    snapshot: str
+    manifest: Manifest
+
+    @property
+    def prefix(self) -> str:
+        """Where they are in the store."""
+        return f"{FOLDER}/{self.snapshot}"
+
+    @property
+    def as_of(self) -> date:
+        """Nothing at or after the start of this day is in them."""
+        return date.fromisoformat(self.manifest.details["as_of"])
+
+    @property
+    def num_buckets(self) -> int:
+        """Number of buckets, a power of two."""
+        return int(self.manifest.config["num_buckets"])
+
+    def index(self, storage: Storage, bucket: int) -> Index:
+        """Return who is in a bucket."""
+        return read_index(storage, self.prefix, self.manifest.parts, bucket)
+
+
+def group_histories(
+    storage: Storage, engine: Engine, as_of: date, config: RefreshConfig, say: Callable[[str], None]
+) -> Grouped:
+    """Bring the histories up to `as_of`: all days before it, grouped by user.
+
+    Raises:
+        ArtifactError: there are no validated behaviors, or a file is damaged.
+    """
+    found = validated_days(storage, as_of)
+    days = {prefix: manifest.digest() for prefix, manifest in found.items()}
+    erased = erased_users(storage)
+    erasures = digest(erased.tobytes()) if len(erased) else None
+    behaviors = sum(int(manifest.counts["rows"]) for manifest in found.values())
+    current = read_current(storage, FOLDER)
+    base = Grouped(current[0].snapshot, current[1]) if current else None
+    if base is not None and (reason := _obsolete(base, as_of, days, behaviors, config)):
+        say(f"histories: {reason}; grouping all behaviors anew")
+        base = None
+    if base is not None and (base.as_of, base.manifest.details["days"], base.manifest.details["erasures"]) == (
+        as_of,
+        days,
+        erasures,
+    ):
+        say(f"histories {base.snapshot} are there already")
+        return base
+    num_buckets = base.num_buckets if base else _num_buckets(behaviors, config)
+    inputs = days | ({base.prefix: base.manifest.digest()} if base else {}) | ({ERASURES: erasures} if erasures else {})
+    settings = {"num_buckets": num_buckets, "as_of": str(as_of)} | config.model_dump(
+        include={"max_deltas", "max_delta_share"}
+    )
+    made = recipe(FOLDER, settings, inputs)
+    snapshot = f"{as_of:%Y%m%d}-{made[:12]}"
+    job = _Job(storage, f"{FOLDER}/{snapshot}", base, erased, erasures, config)
+    new = {prefix: manifest for prefix, manifest in found.items() if not base or prefix not in _days(base)}
+    results = _run(job, engine, new, num_buckets, say)
+    parts = [Part.model_validate(part) for result in results for part in result["parts"]]
+    manifest = complete_output(
+        storage,
+        job.prefix,
+        parts,
+        kind=FOLDER,
+        fingerprint=made,
+        config=settings,
+        inputs=inputs,
+        counts={
+            "users": sum(result["users"] for result in results),
+            "behaviors": sum(part.rows or 0 for part in parts if part.name.endswith(ROWS)),
+        },
+        details={
+            "as_of": str(as_of),
+            "days": days,
+            "erasures": erasures,
+            "users": [result["users"] for result in results],
+        },
+    )
+    publish(storage, FOLDER, snapshot, manifest, current[0] if current else None)
+    return Grouped(snapshot, manifest)
+
+
+def folds(files: Sequence[Part], config: RefreshConfig) -> bool:
+    """Tell whether the files of a bucket, base first, are to be folded into one before anything is added."""
+    return len(files) > config.max_deltas or sum(p.bytes for p in files[1:]) > config.max_delta_share * files[0].bytes
+
+
+def _days(base: Grouped) -> Mapping[str, str]:
+    days: Mapping[str, str] = base.manifest.details["days"]
+    return days
+
+
+def _obsolete(base: Grouped, as_of: date, days: dict[str, str], behaviors: int, config: RefreshConfig) -> str | None:
+    """Return why nothing can be added to `base`, or None."""
+    if base.as_of > as_of:
+        return f"those at hand are of {base.as_of}, a later day"
+    if changed := sorted(prefix for prefix, made in _days(base).items() if days.get(prefix) != made):
+        return f"{changed[0]} was {'validated again' if changed[0] in days else 'removed'}"
+    if base.num_buckets < _num_buckets(behaviors, config):
+        return f"{behaviors:,} behaviors need more than {base.num_buckets} buckets"
+    return None
+
+
+def _num_buckets(behaviors: int, config: RefreshConfig) -> int:
+    num_buckets: int = 1
+    while num_buckets < config.min_buckets or num_buckets * config.rows_per_bucket < behaviors:
+        num_buckets *= 2
+    return num_buckets
+
+
+# --- one bucket --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is the same for all buckets."""
+
+    storage: Storage
+    prefix: str
+    base: Grouped | None
+    erased: np.ndarray
+    erasures: str | None
+    config: RefreshConfig
+
+
+def _run(
+    job: _Job, engine: Engine, new: Mapping[str, Manifest], num_buckets: int, say: Callable[[str], None]
+) -> list[Result]:
+    """Return what was made of each bucket, in order; what an interrupted run has finished is not made again."""
+    done = finished(job.storage, job.prefix)
+    left = [bucket for bucket in range(num_buckets) if bucket not in done]
+    sources = [(prefix, part) for prefix, manifest in new.items() for part in manifest.parts]
+    rows = sum(int(manifest.counts["rows"]) for manifest in new.values())
+    say(
+        f"grouping {rows:,} behaviors of {len(new)} days "
+        + (f"on top of {job.base.snapshot}" if job.base else f"into {num_buckets} buckets")
+        + (f"; {len(done)} buckets were finished by an earlier run" if done else "")
+    )
+    made = engine.shuffle(sources, partial(_read, job), left, num_buckets, partial(_bucket, job))
+    results = [*done.values(), *counted(made, len(left), "buckets grouped", say)]
+    return sorted(results, key=lambda result: int(result["bucket"]))
+
+
+def _read(job: _Job, source: tuple[str, Part]) -> Iterator[Rows]:
+    """Yield the rows of one file of a validated day."""
+    with pq.ParquetFile(pa.BufferReader(read_part(job.storage, *source))) as file:
+        for batch in file.iter_batches(_ROWS_PER_PIECE, columns=_COLUMNS, use_threads=False):
+            rows = np.column_stack([batch.column(name).to_numpy() for name in _COLUMNS])
+            yield rows[~np.isin(rows[:, 0], job.erased)] if len(job.erased) else rows
+
+
+def _bucket(job: _Job, bucket: int, rows: Rows) -> Result:
+    """Add the new rows to a bucket as files of their own, or fold them and all earlier ones into one base."""
+    old: list[Part] = []
+    before = np.zeros(0, np.int64)
+    fold = job.base is None
+    if job.base is not None:
+        old = files_of(job.base.manifest.parts, bucket, job.base.prefix)
+        erasing = job.erasures != job.base.manifest.details["erasures"]
+        if not len(rows) and not erasing:
+            return {"bucket": bucket, "users": job.base.manifest.details["users"][bucket], "parts": dumped(old)}
+        before = job.base.index(job.storage, bucket).user_ids
+        erased = before[np.isin(before, job.erased, assume_unique=True)]
+        fold = folds([part for part in old if part.name.endswith(ROWS)], job.config) or len(erased) > 0
+        if fold:
+            kept = np.setdiff1d(before, erased, assume_unique=True)
+            rows = np.concatenate([read_bucket(job.storage, job.prefix, old, bucket, kept).behaviors(), rows])
+    if not len(rows) and not fold:
+        return {"bucket": bucket, "users": len(before), "parts": dumped(old)}
+    added = group(rows)
+    parts = [] if fold else old
+    for ending, data, count in zip(
+        (USERS, ROWS), bucket_files(added), (len(added.user_ids), len(added.rows)), strict=True
+    ):
+        parts = [*parts, write_part(job.storage, job.prefix, bucket_name(bucket) + ending, data, count)]
+    users = len(added.user_ids) if fold else len(np.union1d(before, added.user_ids))
+    return finish(job.storage, job.prefix, {"bucket": bucket, "users": users, "parts": dumped(parts)})

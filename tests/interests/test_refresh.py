@@ -1,0 +1,355 @@
+"""Refresh day by day: the same as from scratch, for the price of what changed."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+
+from encode.config import ClusteringConfig, Places, RefreshConfig
+from encode.data.buckets import group
+from encode.data.erasures import erase_users
+from encode.data.vocabulary import Vocabulary
+from encode.engines.local import LocalEngine
+from encode.interests import refresh as refreshing
+from encode.interests.extract import extract
+from encode.interests.kmeans import Starts
+from encode.interests.refresh import refresh_interests
+from encode.interests.snapshots import folder_of, read_rows, write_space
+from encode.model.space import Space, SpaceConfig
+from encode.pointers import read_current, read_pointer
+from encode.schema import bucket_of, day_start
+from encode.serving.local_snapshot import fetch_snapshot
+from encode.storage import FolderStorage
+
+START = date(2024, 3, 1)
+NUM_USERS, NUM_BUCKETS, NUM_ITEMS = 24, 4, 200
+CONFIG = RefreshConfig(min_buckets=NUM_BUCKETS, max_deltas=2, max_delta_share=1.0, max_drift=9.0)
+
+
+def make_space(seed=0, num_clusters=4):
+    """A space in which items lie around eight directions."""
+    rng = np.random.default_rng(seed)
+    vocabulary = Vocabulary(np.arange(1, 9), np.arange(1, NUM_ITEMS + 1), 1 + np.arange(NUM_ITEMS) % 8)
+    embedding = rng.normal(size=(10, 12))[vocabulary.category_index] + 0.4 * rng.normal(size=(len(vocabulary), 12))
+    key = embedding @ np.linalg.qr(rng.normal(size=(12, 6)))[0]
+    key /= np.linalg.norm(key, axis=1, keepdims=True)
+    embedding[0] = key[0] = 0
+    projection = np.zeros((12, 6), np.float32)
+    config = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), "relevance", 5)
+    return Space(config, vocabulary, embedding.astype(np.float32), key.astype(np.float32), projection, 8.0)
+
+
+SPACE = make_space()
+
+
+def day(number):
+    return START + timedelta(days=number)
+
+
+def draw(number, users=range(1, NUM_USERS + 1), num_rows=600):
+    """Behaviors of some users on a day."""
+    rng = np.random.default_rng([number, len(users)])
+    items = rng.integers(1, NUM_ITEMS + 1, num_rows)
+    times = day_start(day(number)) + rng.integers(0, 86_400, num_rows)
+    return np.column_stack([rng.choice(list(users), num_rows), items, 1 + (items - 1) % 8, times])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Refresh as of a day, and return what was said."""
+    engine = LocalEngine(CONFIG, Places(store=str(tmp_path), scratch=tmp_path / "scratch"))
+
+    def refresh(storage, number, spaces=(SPACE,), config=CONFIG):
+        said = []
+        ids = [space.id for space in spaces]
+        refresh_interests(storage, ids, day(number), config, engine, said.append)
+        return said
+
+    return refresh
+
+
+@pytest.fixture
+def store(folder, write_day, run):
+    """A store as of day 2, everybody clustered."""
+    write_space(folder, SPACE, {})
+    for number in range(2):
+        write_day(folder, day(number), draw(number))
+    run(folder, 2)
+    return folder
+
+
+def manifest_of(storage, space=SPACE):
+    return read_current(storage, folder_of(space.id))[1]
+
+
+def rows_of(storage, space=SPACE):
+    """The row of each user in the current snapshot."""
+    pointer, manifest = read_current(storage, folder_of(space.id))
+    prefix = f"{folder_of(space.id)}/{pointer.snapshot}"
+    table = []
+    for bucket in range(manifest.config["num_buckets"]):
+        files = [part.referenced(prefix) for part in manifest.parts if part.name == f"part-{bucket:03d}.arrow"]
+        table += read_rows(storage, files, np.zeros(0, np.int64)).to_pylist()
+    return {row["user_id"]: row for row in table}
+
+
+def made(behaviors, before=None, users=None, space=SPACE):
+    """What one extraction of whole histories gives, for users who had rows `before` from their last centers."""
+    grouped = group(behaviors if users is None else behaviors[np.isin(behaviors[:, 0], users)])
+    starts = None
+    if before is not None:
+        centers = [before[user]["center"] if user in before else [] for user in grouped.user_ids.tolist()]
+        flat = np.array([center for user in centers for center in user], np.float32)
+        starts = Starts(flat, np.append(0, np.cumsum([len(user) for user in centers])))
+    rows = extract(grouped.batch(0, len(grouped.user_ids)), space, starts).to_pylist()
+    return {row["user_id"]: row for row in rows}
+
+
+# --- a day on top of another -------------------------------------------------------------------------------
+
+
+def test_the_first_snapshot_is_one_extraction_of_everything(store):
+    everything = np.concatenate([draw(0), draw(1)])
+    assert rows_of(store) == made(everything)
+    assert manifest_of(store).counts["clustered"] == NUM_USERS
+    assert manifest_of(store).details["drift"] is None
+
+
+def test_a_day_equals_a_full_rebuild_with_the_same_warm_starts(store, write_day, run):
+    """Users with new behaviors from their last centers, the others as they were."""
+    before, old = rows_of(store), manifest_of(store)
+    new = draw(2, users=(2, 5, 99), num_rows=40)
+    write_day(store, day(2), new)
+    run(store, 3)
+    everything = np.concatenate([draw(0), draw(1), new])
+    assert rows_of(store) == before | made(everything, before, [2, 5, 99])
+    manifest = manifest_of(store)
+    assert manifest.counts == {
+        "users": NUM_USERS + 1,
+        "behaviors": len(everything),
+        "clustered": 3,
+        "interests": sum(len(row["size"]) for row in rows_of(store).values()),
+    }
+    kept = [part for part in manifest.parts if part.at]
+    assert [(part.name, part.sha256) for part in kept] == [(part.name, part.sha256) for part in old.parts]
+    assert sum(part.rows for part in manifest.parts if part.at is None) == 3
+
+
+def test_day_after_day_it_stays_close_to_a_cold_rebuild(store, write_day, run, tmp_path):
+    """The bound on drift is a promise: the mean inertia within it, everybody warm several times."""
+    days = [draw(0), draw(1)]
+    config = CONFIG.model_copy(update={"max_drift": 0.01})
+    for number in range(2, 7):
+        days.append(draw(number, users=range(1 + number % 3, NUM_USERS, 3), num_rows=200))
+        write_day(store, day(number), days[-1])
+        run(store, number + 1, config=config)
+    cold = made(np.concatenate(days))
+
+    def fit(rows):
+        """Mean cosine of behaviors to their centers, from what rows tell: the norm of a cluster's sum is not kept."""
+        total = 0.0
+        for user, row in rows.items():
+            own = np.concatenate(days)
+            own = own[own[:, 0] == user]
+            keys = SPACE.key[SPACE.vocabulary.index(own[:, 1], own[:, 2])]
+            total += (2 - 2 * (keys @ np.array(row["center"]).T).max(1)).sum()
+        return total
+
+    assert fit(rows_of(store)) <= 1.01 * fit(cold) + 1e-9
+    assert {user: row["num_behaviors"] for user, row in rows_of(store).items()} == {
+        user: row["num_behaviors"] for user, row in cold.items()
+    }
+
+
+def test_drift_above_the_threshold_clusters_everybody_anew(store, write_day, run, monkeypatch):
+    monkeypatch.setattr(refreshing, "_drift", lambda *_: (1.02, 1.0))
+    new = draw(2, users=(2, 5), num_rows=40)
+    write_day(store, day(2), new)
+    said = run(store, 3, config=CONFIG.model_copy(update={"max_drift": 0.01}))
+    assert f"space {SPACE.id}: drift 2.00% is above 1.00%: clustering everybody anew" in said
+    assert rows_of(store) == made(np.concatenate([draw(0), draw(1), new]))
+    assert manifest_of(store).counts["clustered"] == NUM_USERS
+    write_day(store, day(3), draw(3, users=(2, 5), num_rows=40))
+    assert "clustering everybody anew" not in " ".join(
+        run(store, 4, config=CONFIG.model_copy(update={"max_drift": 0.03}))
+    )
+    assert manifest_of(store).details["drift"] == pytest.approx(0.02)
+
+
+def test_drift_compares_with_clustering_anew(store, write_day, run):
+    """Measured, not assumed: a user whose interests moved altogether is better off anew."""
+    before = rows_of(store)
+    new = draw(2, num_rows=3000)
+    write_day(store, day(2), new)
+    run(store, 3)
+    drift = manifest_of(store).details["drift"]
+    histories = group(np.concatenate([draw(0), draw(1), new]))
+    keys = SPACE.key[SPACE.vocabulary.index(histories.rows[:, 0], histories.rows[:, 1])]
+    total = []
+    for start in (before, None):
+        rows = made(histories.behaviors(), start)
+        inertias = []
+        for place, user in enumerate(histories.user_ids.tolist()):
+            own = keys[histories.offsets[place] : histories.offsets[place + 1]]
+            inertias.append((2 - 2 * (own @ np.array(rows[user]["center"]).T).max(1)).sum())
+        total.append(sum(inertias))
+    assert drift == pytest.approx(total[0] / total[1] - 1, abs=1e-3)  # here each goes to its nearest center
+
+
+def test_many_files_are_folded_into_one(store, write_day, run):
+    numbers = []
+    for number in range(2, 6):
+        write_day(store, day(number), draw(number, users=range(1, NUM_USERS, 4), num_rows=100))
+        run(store, number + 1)
+        names = [part.name for part in manifest_of(store).parts]
+        numbers.append(max(names.count(name) for name in names))
+    assert numbers == [2, 3, 1, 2]
+    rows = rows_of(store)
+    assert list(rows) == sorted(rows, key=lambda user: (bucket_of(np.array([user]), NUM_BUCKETS)[0], user))
+    assert len(rows) == NUM_USERS
+    assert manifest_of(store).counts["interests"] == sum(len(row["size"]) for row in rows.values())
+
+
+# --- what else can change ----------------------------------------------------------------------------------
+
+
+def test_a_late_day_changes_only_its_users(store, write_day, run):
+    write_day(store, day(4), draw(4, users=(1, 2), num_rows=20))
+    run(store, 5)
+    before = rows_of(store)
+    late = draw(3, users=(7,), num_rows=20)
+    write_day(store, day(3), late)
+    said = run(store, 4)
+    assert f"histories are as of {day(5)} already: refreshing as of that day, not {day(4)}" in said
+    everything = np.concatenate([draw(0), draw(1), late, draw(4, users=(1, 2), num_rows=20)])
+    assert rows_of(store) == before | made(everything, before, [7])
+
+
+def test_a_restated_day_changes_only_its_users(store, write_day, run, tmp_path):
+    write_day(store, day(2), draw(2, users=(3,), num_rows=20))
+    run(store, 3)
+    before = rows_of(store)
+    shutil.rmtree(tmp_path / "store" / f"behaviors/dt={day(2)}")
+    write_day(store, day(2), draw(2, users=(3, 8), num_rows=20))
+    run(store, 3)
+    everything = np.concatenate([draw(0), draw(1), draw(2, users=(3, 8), num_rows=20)])
+    assert manifest_of(store).counts["clustered"] == 2
+    assert rows_of(store) == before | made(everything, before, [3, 8])
+
+
+def test_erased_users_are_in_no_file_and_not_found(store, run, tmp_path):
+    before = rows_of(store)
+    erase_users(store, [4, 11])
+    run(store, 2)
+    assert rows_of(store) == {user: row for user, row in before.items() if user not in (4, 11)}
+    pointer, manifest = read_current(store, folder_of(SPACE.id))
+    prefix = f"{folder_of(SPACE.id)}/{pointer.snapshot}"
+    for part in manifest.parts:
+        rows = read_rows(store, [part.referenced(prefix)], np.zeros(0, np.int64))
+        assert not {4, 11} & set(rows["user_id"].to_pylist())
+    snapshot = fetch_snapshot(store, prefix, manifest, tmp_path / "cache")
+    assert snapshot.find(4) is None
+    assert snapshot.find(5) is not None
+    assert (manifest.counts["users"], manifest.counts["clustered"]) == (NUM_USERS - 2, 0)
+    assert manifest.counts["interests"] == sum(len(row["size"]) for row in rows_of(store).values())
+
+
+def test_a_new_space_starts_cold_and_the_old_one_goes_on(store, write_day, run):
+    other = make_space(seed=1)
+    write_space(store, other, {})
+    before = rows_of(store)
+    new = draw(2, users=(2,), num_rows=10)
+    write_day(store, day(2), new)
+    run(store, 3, spaces=(SPACE, other))
+    everything = np.concatenate([draw(0), draw(1), new])
+    assert rows_of(store, other) == made(everything, space=other)
+    assert rows_of(store) == before | made(everything, before, [2])
+
+
+def test_a_log_that_outgrew_its_buckets_starts_cold(store, write_day, run):
+    config = CONFIG.model_copy(update={"rows_per_bucket": 1000})
+    new = draw(2, num_rows=4000)
+    write_day(store, day(2), new)
+    run(store, 3, config=config)
+    assert manifest_of(store).config["num_buckets"] == 8
+    assert rows_of(store) == made(np.concatenate([draw(0), draw(1), new]))
+
+
+# --- interruptions and readers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_any_write_the_old_snapshot_stays_and_the_next_run_goes_on(
+    store, write_day, run, dying, tmp_path, monkeypatch, after
+):
+    kill_at, power_cut = dying
+    old = read_pointer(store, folder_of(SPACE.id))[0]
+    write_day(store, day(2), draw(2, num_rows=100))
+    shutil.copytree(tmp_path / "store", tmp_path / "before")
+    run(store, 3)
+    contents = {key: store.get(key) for key in store.list("")}
+    worked_on = []
+    original = refreshing._bucket
+    monkeypatch.setattr(refreshing, "_bucket", lambda job, bucket: worked_on.append(bucket) or original(job, bucket))
+    grouped, snapshot = 3 * NUM_BUCKETS + 2, 2 * NUM_BUCKETS + 2  # files and result of each, manifest, pointer
+    for last in range(1, grouped + snapshot + 1):
+        root = tmp_path / f"killed-{last}"
+        shutil.copytree(tmp_path / "before", root)
+        killed = FolderStorage(root)
+        with pytest.raises(power_cut):
+            run(kill_at(killed, last, after), 3)
+        moved = after and last == grouped + snapshot
+        assert (read_pointer(killed, folder_of(SPACE.id))[0] == old) is not moved
+        finished = sum(key.startswith("interests/") and key.endswith("result.json") for key in killed.list(""))
+        worked_on.clear()
+        run(killed, 3)
+        # Those of the first snapshot are among the finished.
+        assert len(worked_on) == (0 if moved else 2 * NUM_BUCKETS - finished)
+        assert {key: killed.get(key) for key in killed.list("")} == contents
+    run(kill_at(FolderStorage(tmp_path / "before"), grouped + snapshot + 1), 3)  # there are no more
+
+
+def test_a_reader_finds_what_the_newest_file_says(store, write_day, run, tmp_path):
+    """And fetches only the files that it does not have yet."""
+    cache = tmp_path / "cache"
+
+    def fetch(storage):
+        pointer, manifest = read_current(store, folder_of(SPACE.id))
+        return fetch_snapshot(storage, f"{folder_of(SPACE.id)}/{pointer.snapshot}", manifest, cache)
+
+    fetch(store)
+    new = draw(2, users=(2, 5, 99), num_rows=40)
+    write_day(store, day(2), new)
+    run(store, 3)
+    fetched = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def get(self, key):
+            fetched.append(key)
+            return store.get(key)
+
+    snapshot = fetch(Watched())
+    assert len(fetched) == sum(part.at is None for part in manifest_of(store).parts)
+    for user, row in rows_of(store).items():
+        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == row
+    assert sorted(np.concatenate(list(snapshot.user_ids())).tolist()) == [*range(1, NUM_USERS + 1), 99]
+    assert snapshot.num_users == NUM_USERS + 1
+
+
+def test_on_an_object_store_it_is_the_same(s3, folder, write_day, run):
+    """Ranges of objects are read there as they are from files."""
+    for one in (s3, folder):
+        write_space(one, SPACE, {})
+        write_day(one, day(0), draw(0))
+        run(one, 1)
+        write_day(one, day(1), draw(1, users=(2, 5), num_rows=30))
+        run(one, 2)
+    keys = folder.list("")
+    assert s3.list("") == keys
+    assert [key for key in keys if s3.get(key) != folder.get(key)] == []
