@@ -374,10 +374,7 @@ def test_a_running_session_is_used_and_left_running(engine):
 
 QUIET = """
 import sys
-from encode.config import ClusteringConfig, Places, RefreshConfig
-from encode.data.erasures import erase_users
-from encode.data.vocabulary import Vocabulary
-from encode.engines.local import LocalEngine
+from encode.config import Places
 from encode.engines.spark import SparkEngine
 engine = SparkEngine(Places(store="/nowhere", spark_master="local[2]"))
 print(list(engine.map([1, 2], lambda bucket: {"bucket": bucket})))
