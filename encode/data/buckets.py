@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from encode.compiled import compiled, hash_slot, mix
 from encode.engines import Result
 from encode.errors import ArtifactError
 from encode.outputs import Part, read_part
@@ -136,29 +136,21 @@ def group(behaviors: Ints) -> Bucket:
     return Bucket(user_ids, offsets, rows)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _mix(x: np.uint64) -> np.uint64:
-    """Splitmix64's finalizer."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _number(behaviors: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
     """Number the users in the order of their first row: each row's number, [N], and each number's user id, [U]."""
-    capacity = 16
-    while capacity < 2 * len(behaviors):
-        capacity *= 2
-    slots = np.full(capacity, -1, np.int32)
+    bits = 4
+    while (1 << bits) < 2 * len(behaviors):
+        bits += 1
+    slots = np.full(1 << bits, -1, np.int32)
     numbers = np.empty(len(behaviors), np.int32)
     users = np.empty(len(behaviors), np.int64)
     count = 0
     for i in range(len(behaviors)):
         user = behaviors[i, 0]
-        slot = np.int64(_mix(np.uint64(user)) & np.uint64(capacity - 1))
+        slot = hash_slot(user, bits)
         while slots[slot] >= 0 and users[slots[slot]] != user:
-            slot = (slot + 1) & (capacity - 1)
+            slot = (slot + 1) & (len(slots) - 1)
         if slots[slot] < 0:
             slots[slot] = count
             users[count] = user
@@ -167,7 +159,7 @@ def _number(behaviors: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
     return numbers, users[:count].copy()
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _group(behaviors: Ints) -> tuple[Ints, Ints, Ints]:
     numbers, users = _number(behaviors)
     order = np.argsort(users)
@@ -190,7 +182,7 @@ def _group(behaviors: Ints) -> tuple[Ints, Ints, Ints]:
     return users[order], offsets, rows
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _sort(rows: Ints) -> None:
     """Sort by timestamp, item, category, in place; by timestamp alone where that settles it."""
     disorder, ties = False, False
@@ -206,14 +198,14 @@ def _sort(rows: Ints) -> None:
             rows[:] = rows[np.argsort(rows[:, column], kind="mergesort")]
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def _marks(offsets: Ints, rows: Ints) -> Marks:
     marks = np.zeros(len(offsets) - 1, np.uint64)
     for user in range(len(marks)):
         for i in range(offsets[user], offsets[user + 1]):
             x = np.uint64(0x9E3779B97F4A7C15)
             for column in range(3):
-                x = _mix(x + np.uint64(rows[i, column]))
+                x = mix(x + np.uint64(rows[i, column]))
             marks[user] += x
     return marks
 

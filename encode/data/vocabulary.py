@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from encode.compiled import compiled, hash_slot, read_only
 from encode.data.histories import Histories
 from encode.errors import DataError
 from encode.schema import PADDING, UNKNOWN
@@ -113,30 +112,6 @@ def build_vocabulary(histories: Histories, min_item_count: int) -> Vocabulary:
 
 
 # --- compiled ----------------------------------------------------------------------------------------------
-
-
-def compiled(function: Any) -> Any:
-    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
-    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-
-
-def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return a contiguous view that cannot be written, so that a kernel meets, and is compiled for, one kind of array.
-
-    Arrow and safetensors give arrays that cannot be written, numpy and torch those that can.
-    """
-    view = np.require(array, requirements=["C", "A"]).view()
-    view.flags.writeable = False
-    return view
-
-
-@compiled
-def hash_slot(key: int, bits: int) -> np.int64:
-    """Return where in a table of 2^bits a key starts to look for itself; ids in steps of any size are spread."""
-    factor = np.uint64(0x9E3779B97F4A7C15)
-    x = np.uint64(key) * factor
-    x = (x ^ (x >> np.uint64(32))) * factor
-    return np.int64(x >> np.uint64(64 - bits))
 
 
 def _find(ids: Ints, sorted_ids: Ints, table: Places) -> Ints:

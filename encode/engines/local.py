@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from encode.compiled import compiled
 from encode.config import Places, RefreshConfig
 from encode.engines import Result, Rows
 from encode.errors import ConfigError
@@ -155,7 +155,7 @@ class _Spill:
         return np.concatenate([piece for _, piece in sorted(pieces, key=lambda piece: piece[0])])
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled
 def split(rows: Rows, bucket: npt.NDArray[np.int64], num_buckets: int) -> tuple[Rows, npt.NDArray[np.int64]]:
     """Return the rows bucket by bucket, in their order within it, and where each bucket starts, [num_buckets + 1]."""
     offsets = np.zeros(num_buckets + 1, np.int64)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from encode.compiled import compiled, read_only
 from encode.config import ClusteringConfig
-from encode.data.vocabulary import read_only
 from encode.errors import DataError
-from encode.interests.lloyd import Doubles, Floats, Ints, Labels, compiled, lloyd, longest_key
+from encode.interests.lloyd import Doubles, Floats, Ints, Labels, lloyd, longest_key
 from encode.interests.seeding import start
 
 _BLOCKS = 16

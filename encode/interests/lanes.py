@@ -158,3 +158,19 @@ def where_greater(_: Any, a: Any, b: Any, yes: Any, no: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], args[3])
 
     return yes(floats, floats, yes, no), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, table: Any, row: Any, column: Any) -> Any:
+    """Have the processor fetch the cache line of `table[row, column]`; numba has no word for it, LLVM has."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array = context.make_array(table)(context, builder, values[0])
+        address = cgutils.get_item_pointer(context, builder, table, array, values[1:])
+        address = builder.bitcast(address, cgutils.voidptr_t)
+        kind = ir.FunctionType(ir.VoidType(), [address.type] + 3 * [ir.IntType(32)])
+        line = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(line, [address, *(ir.IntType(32)(flag) for flag in (0, 3, 1))])  # to read, soon again, data
+        return context.get_dummy_value()
+
+    return types.void(table, row, column), emit

@@ -9,14 +9,12 @@ their margin are compared again, sixteen at a time, and a cluster's sum changes 
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from encode.compiled import compiled
 from encode.interests.lanes import LANES, add, columns, every, fma, load, splat, store, subtract, where_greater
 
 Floats = npt.NDArray[np.float32]
@@ -26,22 +24,10 @@ Labels = npt.NDArray[np.uint8]
 
 _NONE = 255
 """The label of a key that no center has yet."""
-# What the compiled code is made of.
-_SOURCES = hashlib.sha256(
-    b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("lanes", "lloyd", "seeding", "kmeans"))
-).hexdigest()
 AT_ITS_CENTER = 1.0 - 1e-6
 """A key as similar to its center as this gains nothing from a center of its own."""
 SHORTEST_SUM = 1e-9
 """A sum of keys shorter than this is rounding: it has no direction."""
-
-
-def compiled(function: Any) -> Any:
-    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
-    kernel = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    # Numba would compile again only if the kernel's own file changed, not if one did that it calls.
-    kernel._cache._cache_file._source_stamp = _SOURCES
-    return kernel
 
 
 class _Clusters(NamedTuple):

@@ -11,16 +11,13 @@ interest depend on nothing but its own user.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from encode.data.vocabulary import compiled, hash_slot, read_only
+from encode.compiled import compiled, hash_slot, read_only
+from encode.interests.lanes import prefetch
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -255,22 +252,6 @@ def _weigh(slot: Labels, key: Floats, scale: float, by_relevance: bool, center: 
         highest[k] = max(highest[k], weight[i])
     for i in range(len(slot)):
         weight[i] = math.exp(weight[i] - highest[slot[i]])
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing: Any, table: Any, row: Any, column: Any) -> Any:
-    """Have the processor fetch the cache line of `table[row, column]`; numba has no word for it, LLVM has."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        array = context.make_array(table)(context, builder, values[0])
-        address = cgutils.get_item_pointer(context, builder, table, array, values[1:])
-        address = builder.bitcast(address, cgutils.voidptr_t)
-        kind = ir.FunctionType(ir.VoidType(), [address.type] + 3 * [ir.IntType(32)])
-        line = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(line, [address, *(ir.IntType(32)(flag) for flag in (0, 3, 1))])  # to read, soon again, data
-        return context.get_dummy_value()
-
-    return types.void(table, row, column), emit
 
 
 @compiled

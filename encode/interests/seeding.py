@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from encode.compiled import compiled, mix
 from encode.interests.lanes import LANES, add, every, fma, load, splat, store, where_greater
-from encode.interests.lloyd import Doubles, Floats, Ints, compiled, in_order, lloyd, longest_key, transpose
+from encode.interests.lloyd import Doubles, Floats, Ints, in_order, lloyd, longest_key, transpose
 
 _TRIALS = 8
 """Candidates of each center; a multiple of four. scikit-learn has 5 for K = 32."""
@@ -80,11 +81,7 @@ def start_users(
 def next_random(state: np.uint64) -> tuple[np.uint64, float]:
     """Splitmix64: the next state and a number in [0, 1)."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
-    x = state
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return state, np.float64(x >> np.uint64(11)) / 9007199254740992.0
+    return state, np.float64(mix(state) >> np.uint64(11)) / 9007199254740992.0
 
 
 @compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -431,15 +432,18 @@ def test_a_tile_is_sixteen_rows_in_columns(dim):
 
 def test_a_kernel_is_compiled_again_when_what_it_calls_has_changed(tmp_path):
     """Edit the file of a function that a kernel in another file calls: a second process must not run the old code."""
-    for name in ("lanes", "lloyd", "seeding", "kmeans"):
-        (tmp_path / f"{name}.py").write_text(Path(kmeans.__file__).with_name(f"{name}.py").read_text())
-    caller = "from lloyd import compiled, in_order\n@compiled\ndef last(n):\n    return in_order(n)[-1]\n"
-    (tmp_path / "caller.py").write_text(caller)
-    source, found = tmp_path / "lloyd.py", []
-    for old, new in (("encode.interests.lanes", "lanes"), ("min(i, n - 1)", "min(i, n - 1) + 40")):
-        source.write_text(source.read_text().replace(old, new))
-        command = [sys.executable, "-c", "import caller; print(caller.last(3))"]
-        found.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    package = tmp_path / "encode"
+    shutil.copytree(Path(kmeans.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    caller = "@compiled\ndef last(n):\n    return in_order(n)[-1]\n"
+    imports = "from encode.compiled import compiled\nfrom encode.interests.lloyd import in_order\n"
+    (package / "caller.py").write_text(imports + caller)
+    source, found = package / "interests" / "lloyd.py", []
+    for new in ("min(i, n - 1)", "min(i, n - 1) + 40"):
+        source.write_text(source.read_text().replace("min(i, n - 1)", new))
+        command = [sys.executable, "-c", "from encode import caller; print(caller.__file__, caller.last(3))"]
+        told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert told.startswith(str(package))
+        found.append(told.rpartition(" ")[2])
     assert found == ["2\n", "42\n"]
 
 

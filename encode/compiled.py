@@ -1,0 +1,50 @@
+"""What the kernels share: how Numba compiles them, the arrays that they are given, and the mixing of bits."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+# What the compiled code is made of: Numba notices a change in a kernel's own file, not in one that it calls.
+_SOURCES = hashlib.sha256(
+    b"".join(text for path in sorted(Path(__file__).parent.rglob("*.py")) if b"compiled" in (text := path.read_bytes()))
+).hexdigest()
+
+
+def compiled(function: Any) -> Any:
+    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
+    kernel = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    kernel._cache._cache_file._source_stamp = _SOURCES
+    return kernel
+
+
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a contiguous view that cannot be written, so that a kernel meets, and is compiled for, one kind of array.
+
+    Arrow and safetensors give arrays that cannot be written, numpy and torch those that can.
+    """
+    view = np.require(array, requirements=["C", "A"]).view()
+    view.flags.writeable = False
+    return view
+
+
+@compiled
+def mix(x: np.uint64) -> np.uint64:
+    """Splitmix64's finalizer: every bit of the result depends on every bit of `x`."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@compiled
+def hash_slot(key: int, bits: int) -> np.int64:
+    """Return where in a table of 2^bits a key starts to look for itself; ids in steps of any size are spread."""
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    x = np.uint64(key) * factor
+    x = (x ^ (x >> np.uint64(32))) * factor
+    return np.int64(x >> np.uint64(64 - bits))
