@@ -181,16 +181,20 @@ def folder(tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def s3(object_store: Store) -> Storage:
-    """A store of its own in the real object store."""
-    return open_storage(
-        Places(
-            store=f"s3://{object_store.bucket}/test-{secrets.token_hex(8)}",
-            endpoint_url=object_store.endpoint_url,
-            access_key=object_store.access_key,
-            secret_key=SecretStr(object_store.secret_key),
-        )
+def s3_places(object_store: Store) -> Places:
+    """A place of its own in the real object store."""
+    return Places(
+        store=f"s3://{object_store.bucket}/test-{secrets.token_hex(8)}",
+        endpoint_url=object_store.endpoint_url,
+        access_key=object_store.access_key,
+        secret_key=SecretStr(object_store.secret_key),
     )
+
+
+@pytest.fixture
+def s3(s3_places: Places) -> Storage:
+    """A store in the real object store."""
+    return open_storage(s3_places)
 
 
 @pytest.fixture(params=["folder", "s3"])

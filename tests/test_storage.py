@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,13 +21,7 @@ def places(request, tmp_path):
     """An empty store of each kind."""
     if request.param == "folder":
         return Places(store=str(tmp_path / "store"))
-    server = request.getfixturevalue("object_store")
-    return Places(
-        store=f"s3://{server.bucket}/test-storage/{secrets.token_hex(8)}",
-        endpoint_url=server.endpoint_url,
-        access_key=server.access_key,
-        secret_key=SecretStr(server.secret_key),
-    )
+    return request.getfixturevalue("s3_places")
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from encode.compiled import compiled, hash_slot, mix
-from encode.engines import Result
+from encode.data.histories import rows_of, to_batch
+from encode.engines import Result, counted
 from encode.errors import ArtifactError
 from encode.outputs import Part, read_part
-from encode.schema import HISTORIES, canonical_json
+from encode.schema import canonical_json
 from encode.storage import Storage
 
 USERS, ROWS = ".users.arrow", ".rows.npy"
@@ -61,12 +63,8 @@ class Bucket:
     def batch(self, first: int, last: int) -> pa.RecordBatch:
         """Return the histories of users `first` to `last` as rows of `schema.HISTORIES`."""
         begin, end = self.offsets[first], self.offsets[last]
-        offsets = pa.array(self.offsets[first : last + 1] - begin, pa.int32())
-        lists = [
-            pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(self.rows[begin:end, column])))
-            for column in range(3)
-        ]
-        return pa.RecordBatch.from_arrays([pa.array(self.user_ids[first:last]), *lists], schema=HISTORIES)
+        columns = [np.ascontiguousarray(self.rows[begin:end, column]) for column in range(3)]
+        return to_batch(self.user_ids[first:last], self.offsets[first : last + 1] - begin, columns)
 
     def behaviors(self) -> Ints:
         """Return the rows with their user in front, as `group` takes them, [N, 4]."""
@@ -119,12 +117,32 @@ def finish(storage: Storage, prefix: str, result: Result) -> Result:
     return result
 
 
-def finished(storage: Storage, prefix: str) -> dict[int, Result]:
-    """Return what an interrupted run has made of the buckets that it finished."""
+def by_bucket(
+    storage: Storage,
+    prefix: str,
+    num_buckets: int,
+    start: Callable[[Sequence[int]], Iterator[Result]],
+    what: str,
+    say: Callable[[str], None],
+) -> list[Result]:
+    """Return what was made of each bucket, in order; what an interrupted run has finished is not made again.
+
+    Args:
+        storage: the object store.
+        prefix: of the output that is made.
+        num_buckets: how many there are.
+        start: begins with the buckets that are left, and yields what it made of each.
+        what: is counted, for people.
+        say: told about progress.
+    """
     keys = [key for key in storage.list(f"{prefix}/") if key.endswith(_RESULT)]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        results = [json.loads(data) for data in pool.map(storage.get, keys)]
-    return {result["bucket"]: result for result in results}
+        results: list[Result] = [json.loads(data) for data in pool.map(storage.get, keys)]
+    left = sorted(set(range(num_buckets)) - {result["bucket"] for result in results})
+    if results:
+        say(f"{len(results)} of {num_buckets} buckets were finished by an earlier run")
+    results += counted(start(left), len(left), what, say)
+    return sorted(results, key=lambda result: int(result["bucket"]))
 
 
 # --- grouping ----------------------------------------------------------------------------------------------
@@ -227,7 +245,7 @@ def bucket_files(bucket: Bucket) -> tuple[bytes, bytes]:
 def read_index(storage: Storage, prefix: str, parts: Sequence[Part], bucket: int) -> Index:
     """Return who is in a bucket; `parts` are the files of the output at `prefix`."""
     files = files_of(parts, bucket, prefix)
-    return _total([_read_index(storage, prefix, part) for part in files if part.name.endswith(USERS)])
+    return _total([_read_index(storage, part) for part in files if part.name.endswith(USERS)])
 
 
 def read_bucket(storage: Storage, prefix: str, parts: Sequence[Part], bucket: int, users: Ints | None = None) -> Bucket:
@@ -242,48 +260,38 @@ def read_bucket(storage: Storage, prefix: str, parts: Sequence[Part], bucket: in
     pieces = []
     files = files_of(parts, bucket, prefix)
     for part, rows in zip(files[::2], files[1::2], strict=True):
-        index = _read_index(storage, prefix, part)
+        index = _read_index(storage, part)
         chosen = np.arange(len(index.user_ids)) if users is None else _places(index.user_ids, users)
         if len(chosen):
-            pieces.append(_read_rows(storage, prefix, rows, index, chosen))
+            pieces.append(_read_rows(storage, rows, index, chosen))
     if len(pieces) == 1:
         return pieces[0]
     return group(np.concatenate([piece.behaviors() for piece in pieces]) if pieces else np.empty((0, 4), np.int64))
 
 
-def _read_rows(storage: Storage, prefix: str, part: Part, index: Index, chosen: Ints) -> Bucket:
+def _read_rows(storage: Storage, part: Part, index: Index, chosen: Ints) -> Bucket:
     ends = np.cumsum(index.num_behaviors)
     begins = ends - index.num_behaviors
-    where = f"{storage.uri}/{part.key(prefix)}"
-    offsets = np.append(0, np.cumsum(index.num_behaviors[chosen]))
+    place, offsets = rows_of(begins[chosen], ends[chosen])
     # The rows are the end of the file, whatever the length of the header.
     header = part.bytes - int(ends[-1]) * _BYTES_PER_BEHAVIOR
-    if offsets[-1] > _WHOLE_FILE_SHARE * ends[-1]:
-        rows = np.frombuffer(read_part(storage, prefix, part), np.int64, offset=header).reshape(-1, 3)
-        if len(chosen) < len(index.user_ids):
-            kept = np.zeros(len(index.user_ids), bool)
-            kept[chosen] = True
-            rows = rows[np.repeat(kept, index.num_behaviors)]
-    else:
-        ranges = zip(begins[chosen].tolist(), ends[chosen].tolist(), strict=True)
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            data = pool.map(
-                lambda r: storage.get_range(
-                    part.key(prefix), header + r[0] * _BYTES_PER_BEHAVIOR, header + r[1] * _BYTES_PER_BEHAVIOR
-                ),
-                ranges,
-            )
-            rows = np.frombuffer(b"".join(data), np.int64).reshape(-1, 3)
-        if (damaged := np.flatnonzero(_marks(offsets, rows) != index.marks[chosen])).size:
-            raise ArtifactError(
-                f"{where}: damaged: rows of user {index.user_ids[chosen[damaged[0]]]} are not those that the index "
-                "names; remove this output and run the step again"
-            )
+    if len(place) > _WHOLE_FILE_SHARE * ends[-1]:
+        rows = np.frombuffer(read_part(storage, "", part), np.int64, offset=header).reshape(-1, 3)
+        return Bucket(index.user_ids[chosen], offsets, rows if len(place) == len(rows) else rows[place])
+    first, last = (header + edge[chosen] * _BYTES_PER_BEHAVIOR for edge in (begins, ends))
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        data = pool.map(partial(storage.get_range, part.key("")), first.tolist(), last.tolist())
+        rows = np.frombuffer(b"".join(data), np.int64).reshape(-1, 3)
+    if (damaged := np.flatnonzero(_marks(offsets, rows) != index.marks[chosen])).size:
+        raise ArtifactError(
+            f"{storage.uri}/{part.key('')}: damaged: rows of user {index.user_ids[chosen[damaged[0]]]} are not those "
+            "that the index names; remove this output and run the step again"
+        )
     return Bucket(index.user_ids[chosen], offsets, rows)
 
 
-def _read_index(storage: Storage, prefix: str, part: Part) -> Index:
-    batch = pa.ipc.open_file(pa.BufferReader(read_part(storage, prefix, part))).get_batch(0)
+def _read_index(storage: Storage, part: Part) -> Index:
+    batch = pa.ipc.open_file(pa.BufferReader(read_part(storage, "", part))).get_batch(0)
     return Index(*(batch.column(name).to_numpy() for name in _INDEX.names))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,17 +28,17 @@ from encode.data.buckets import (
     Index,
     bucket_files,
     bucket_name,
+    by_bucket,
     dumped,
     files_of,
     finish,
-    finished,
     group,
     read_bucket,
     read_index,
 )
 from encode.data.erasures import ERASURES, erased_users
 from encode.data.partitions import validated_days
-from encode.engines import Engine, Result, Rows, counted
+from encode.engines import Engine, Result, Rows
 from encode.outputs import Manifest, Part, complete_output, read_part, recipe, write_part
 from encode.pointers import publish, read_current
 from encode.schema import digest
@@ -102,11 +103,9 @@ def group_histories(
         return base
     num_buckets = base.num_buckets if base else _num_buckets(behaviors, config)
     inputs = days | ({base.prefix: base.manifest.digest()} if base else {}) | ({ERASURES: erasures} if erasures else {})
-    settings = {"num_buckets": num_buckets, "as_of": str(as_of)} | config.model_dump(
-        include={"max_deltas", "max_delta_share"}
-    )
+    settings = layout(num_buckets, as_of, config)
     made = recipe(FOLDER, settings, inputs)
-    snapshot = f"{as_of:%Y%m%d}-{made[:12]}"
+    snapshot = snapshot_name(as_of, made)
     job = _Job(storage, f"{FOLDER}/{snapshot}", base, erased, erasures, config)
     new = {prefix: manifest for prefix, manifest in found.items() if not base or prefix not in _days(base)}
     results = _run(job, engine, new, num_buckets, say)
@@ -132,6 +131,18 @@ def group_histories(
     )
     publish(storage, FOLDER, snapshot, manifest, current[0] if current else None)
     return Grouped(snapshot, manifest)
+
+
+def layout(num_buckets: int, as_of: date, config: RefreshConfig) -> dict[str, Any]:
+    """Return the settings that decide about the files of an output by bucket."""
+    return {"num_buckets": num_buckets, "as_of": str(as_of)} | config.model_dump(
+        include={"max_deltas", "max_delta_share"}
+    )
+
+
+def snapshot_name(as_of: date, recipe: str) -> str:
+    """Return the name of an output: its day and the start of its recipe's digest."""
+    return f"{as_of:%Y%m%d}-{recipe[:12]}"
 
 
 def folds(files: Sequence[Part], config: RefreshConfig) -> bool:
@@ -180,19 +191,16 @@ class _Job:
 def _run(
     job: _Job, engine: Engine, new: Mapping[str, Manifest], num_buckets: int, say: Callable[[str], None]
 ) -> list[Result]:
-    """Return what was made of each bucket, in order; what an interrupted run has finished is not made again."""
-    done = finished(job.storage, job.prefix)
-    left = [bucket for bucket in range(num_buckets) if bucket not in done]
+    """Return what was made of each bucket, in order."""
     sources = [(prefix, part) for prefix, manifest in new.items() for part in manifest.parts]
     rows = sum(int(manifest.counts["rows"]) for manifest in new.values())
-    say(
-        f"grouping {rows:,} behaviors of {len(new)} days "
-        + (f"on top of {job.base.snapshot}" if job.base else f"into {num_buckets} buckets")
-        + (f"; {len(done)} buckets were finished by an earlier run" if done else "")
-    )
-    made = engine.shuffle(sources, partial(_read, job), left, num_buckets, partial(_bucket, job))
-    results = [*done.values(), *counted(made, len(left), "buckets grouped", say)]
-    return sorted(results, key=lambda result: int(result["bucket"]))
+    added = f"on top of {job.base.snapshot}" if job.base else f"into {num_buckets} buckets"
+    say(f"grouping {rows:,} behaviors of {len(new)} days {added}")
+
+    def start(buckets: Sequence[int]) -> Iterator[Result]:
+        return engine.shuffle(sources, partial(_read, job), buckets, num_buckets, partial(_bucket, job))
+
+    return by_bucket(job.storage, job.prefix, num_buckets, start, "buckets grouped", say)
 
 
 def _read(job: _Job, source: tuple[str, Part]) -> Iterator[Rows]:

@@ -83,11 +83,14 @@ def rows_of(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
 def history_batch(histories: Histories, users: Ints) -> pa.RecordBatch:
     """Return the histories of some users, given by position, as rows of `schema.HISTORIES`."""
     place, offsets = rows_of(histories.offsets[users], histories.offsets[users + 1])
-    lists = [
-        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column[place]))
-        for column in (histories.item_ids, histories.category_ids, histories.timestamps)
-    ]
-    return pa.RecordBatch.from_arrays([pa.array(histories.user_ids[users]), *lists], schema=HISTORIES)
+    columns = (histories.item_ids, histories.category_ids, histories.timestamps)
+    return to_batch(histories.user_ids[users], offsets, [column[place] for column in columns])
+
+
+def to_batch(user_ids: Ints, offsets: Ints, columns: Sequence[Ints]) -> pa.RecordBatch:
+    """Return item ids, category ids and timestamps, cut by `offsets` from 0 on, as rows of `schema.HISTORIES`."""
+    lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column)) for column in columns]
+    return pa.RecordBatch.from_arrays([pa.array(user_ids), *lists], schema=HISTORIES)
 
 
 def to_histories(table: pa.Table) -> Histories:

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from encode.config import RefreshConfig
-from encode.data.buckets import Bucket, dumped, files_of, finish, finished, read_bucket
-from encode.data.grouping import FOLDER, Grouped, folds, group_histories
-from encode.engines import Engine, Result, counted
+from encode.data.buckets import Bucket, by_bucket, dumped, files_of, finish, read_bucket
+from encode.data.grouping import FOLDER, Grouped, folds, group_histories, layout, snapshot_name
+from encode.data.histories import rows_of
+from encode.engines import Engine, Result
 from encode.interests.extract import extract
 from encode.interests.kmeans import Starts, cluster, inertia
 from encode.interests.snapshots import folder_of, last_centers, read_rows, read_space, snapshot_bytes, snapshot_file
@@ -118,22 +119,22 @@ def _write_snapshot(
     engine: Engine,
     say: Callable[[str], None],
 ) -> tuple[str, Manifest]:
-    """Write one snapshot, going on where an interrupted run stopped; return its name and its manifest.
-
-    The name is its day and the start of its recipe's digest.
-    """
-    settings = {"num_buckets": grouped.num_buckets, "as_of": str(grouped.as_of)} | config.model_dump(
-        include={"max_deltas", "max_delta_share"}
-    )
+    """Write one snapshot, going on where an interrupted run stopped; return its name and its manifest."""
+    settings = layout(grouped.num_buckets, grouped.as_of, config)
     inputs = {grouped.prefix: grouped.manifest.digest(), f"spaces/{space_id}": space_id}
     inputs |= {base.prefix: base.manifest.digest()} if base else {}
     made = recipe("interests", settings, inputs)
-    snapshot = f"{grouped.as_of:%Y%m%d}-{made[:12]}"
+    snapshot = snapshot_name(grouped.as_of, made)
     prefix = f"{folder_of(space_id)}/{snapshot}"
     if (manifest := read_manifest(storage, prefix)) is not None:
         return snapshot, manifest
     space = _space(storage, space_id)
-    results = _run(_Job(storage, prefix, space_id, grouped, base, config), engine, say)
+    job = _Job(storage, prefix, space_id, grouped, base, config)
+
+    def start(buckets: Sequence[int]) -> Iterator[Result]:
+        return engine.map(buckets, partial(_bucket, job))
+
+    results = by_bucket(storage, prefix, grouped.num_buckets, start, "buckets refreshed", say)
     total = {name: sum(result[name] for result in results) for name in _COUNTS}
     manifest = complete_output(
         storage,
@@ -184,16 +185,6 @@ def _space(storage: Storage, space_id: str) -> Space:
         _spaces.clear()
         _spaces[key] = read_space(storage, space_id)
     return _spaces[key]
-
-
-def _run(job: _Job, engine: Engine, say: Callable[[str], None]) -> list[Result]:
-    """Return what was made of each bucket, in order; what an interrupted run has finished is not made again."""
-    done = finished(job.storage, job.prefix)
-    left = [bucket for bucket in range(job.grouped.num_buckets) if bucket not in done]
-    if done:
-        say(f"{len(done)} of {job.grouped.num_buckets} buckets were finished by an earlier run")
-    results = [*done.values(), *counted(engine.map(left, partial(_bucket, job)), len(left), "buckets refreshed", say)]
-    return sorted(results, key=lambda result: int(result["bucket"]))
 
 
 def _bucket(job: _Job, bucket: int) -> Result:
@@ -266,14 +257,14 @@ def _drift(histories: Bucket, space: Space, starts: Starts, num_users: int) -> t
     They are drawn evenly from those who have last centers: the users of a bucket are in no order that matters.
     """
     known = np.flatnonzero(np.diff(starts.offsets))
-    total = [0.0, 0.0]
-    for user in known[:: max(1, len(known) // num_users)][:num_users].tolist():
-        begin, end = histories.offsets[user], histories.offsets[user + 1]
-        rows = histories.rows[begin:end]
-        keys = space.key[space.vocabulary.index(rows[:, 0], rows[:, 1])]
-        offsets, seed = np.array([0, end - begin]), histories.user_ids[user : user + 1]
-        clustering = space.config.clustering
-        for place, start in enumerate((_slice(starts, user, user + 1), None)):
-            labels = cluster(keys, offsets, seed, clustering, start, num_threads=1)
-            total[place] += float(inertia(keys, offsets, labels, clustering.num_clusters)[0])
-    return total[0], total[1]
+    users = known[:: max(1, len(known) // num_users)][:num_users]
+    rows, offsets = rows_of(histories.offsets[users], histories.offsets[users + 1])
+    keys = space.key[space.vocabulary.index(histories.rows[rows, 0], histories.rows[rows, 1])]
+    centers, center_offsets = rows_of(starts.offsets[users], starts.offsets[users + 1])
+    config = space.config.clustering
+
+    def total(begin: Starts | None) -> float:
+        labels = cluster(keys, offsets, histories.user_ids[users], config, begin, num_threads=1)
+        return float(inertia(keys, offsets, labels, config.num_clusters).sum())
+
+    return total(Starts(starts.centers[centers], center_offsets)), total(None)
