@@ -150,7 +150,9 @@ def test_two_at_work_on_one_home_is_an_error(stack):
 
 def test_a_dead_component_comes_back_on_its_port_and_its_neighbor_is_left_alone(stack):
     before = {found.name: found for found in local.status(stack.home)}
-    psutil.Process(before["objectstore"].pid).kill()
+    killed = psutil.Process(before["objectstore"].pid)
+    killed.kill()
+    killed.wait(20)  # its port is free only when its last thread has ended
     local.up(stack.home, dags_folder=stack.home, say=quiet, components=SMALL)
     after = {found.name: found for found in local.status(stack.home)}
     assert after["objectstore"].state == "healthy"
