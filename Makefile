@@ -38,7 +38,7 @@ $(VENV)/installed-%: requirements-%.txt $(STAMP)
 	  || { cat $(VENV)/pip.err; exit 1; }
 	@touch $@
 
-test: $(VENV)/installed-spark ## run the whole suite, with real servers
+test: $(VENV)/installed-spark $(VENV)/installed-bench ## run the whole suite, with real servers
 	@exec $(BIN)/python -m pytest
 
 check: $(STAMP) ## format, lint and type check
