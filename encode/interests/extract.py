@@ -5,6 +5,9 @@ U users   N behaviors of all users   P projected_dim   D embedding_dim
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from encode.config import ClusteringConfig, RefreshConfig
 from encode.data.histories import rows_of
+from encode.errors import ConfigError
+from encode.interests import kmeans_torch
 from encode.interests.kmeans import Starts, cluster
+from encode.interests.lloyd import Labels
 from encode.interests.pooling import Behaviors, pool
 from encode.model.files import UserState, user_state
 from encode.model.space import Space
@@ -23,8 +30,30 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
+Kernel = Callable[[Floats, Ints, Ints, ClusteringConfig, Starts | None], Labels]
+"""Spherical k-means of many users: `kmeans.cluster`, or what computes the same elsewhere."""
+
+
+def kernel_of(config: RefreshConfig) -> Kernel:
+    """Return what clusters on one thread of a refresh.
+
+    Raises:
+        ConfigError: it needs a GPU and there is none.
+    """
+    if config.kmeans == "compiled":
+        return partial(cluster, num_threads=1)
+    if config.kmeans == "torch":
+        return partial(kmeans_torch.cluster, device="cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"refresh.kmeans: torch-cuda: PyTorch {torch.__version__} finds no CUDA device on {platform.node()}; "
+            "run where there is one, with a wheel of torch built for it, or set refresh.kmeans to compiled"
+        )
+    return partial(kmeans_torch.cluster, device="cuda")
+
+
 def extract(
-    histories: pa.RecordBatch, space: Space, starts: Starts | None = None, num_threads: int | None = None
+    histories: pa.RecordBatch, space: Space, starts: Starts | None = None, kernel: Kernel = cluster
 ) -> pa.RecordBatch:
     """Cluster each history in the space and pool each cluster: the offline stage of ENCODE, target-free.
 
@@ -35,7 +64,7 @@ def extract(
         histories: rows of `schema.HISTORIES`, behaviors oldest first; a user without behaviors gets no interests.
         space: embeddings, reducer, relevance and clustering settings.
         starts: centers that each user's clustering starts from, in the order of `histories`.
-        num_threads: of the clustering; all cores by default. The rest runs on the caller's thread.
+        kernel: what clusters; by default the compiled one, on all cores. The rest runs on the caller's thread.
 
     Returns:
         Rows of `schema.interests_schema`, in the order of the input, largest interest first (lower label first
@@ -52,7 +81,7 @@ def extract(
     clustering = space.config.clustering
     index = space.vocabulary.index(item_ids, category_ids)
     key = space.key.take(index, axis=0)
-    labels = cluster(key, offsets, user_ids, clustering, starts, num_threads)
+    labels = kernel(key, offsets, user_ids, clustering, starts)
     behaviors = Behaviors(offsets, index, key, item_ids, timestamps)
     by_relevance = space.config.pooling == "relevance"
     pooled = pool(labels, behaviors, space.embedding, space.scale, by_relevance, clustering.num_clusters)

@@ -21,8 +21,8 @@ from encode.data.buckets import Bucket, by_bucket, dumped, files_of, finish, rea
 from encode.data.grouping import FOLDER, Grouped, folds, group_histories, layout, snapshot_name
 from encode.data.histories import rows_of
 from encode.engines import Engine, Result
-from encode.interests.extract import extract
-from encode.interests.kmeans import Starts, cluster, inertia
+from encode.interests.extract import Kernel, extract, kernel_of
+from encode.interests.kmeans import Starts, inertia
 from encode.interests.snapshots import folder_of, last_centers, read_rows, read_space, snapshot_bytes, snapshot_file
 from encode.model.space import Space
 from encode.outputs import Manifest, Part, complete_output, read_manifest, recipe, write_part
@@ -54,7 +54,10 @@ def refresh_interests(
 
     Raises:
         ArtifactError: there are no validated behaviors, or something in the store is damaged.
+        ConfigError: what is to cluster needs a GPU, and there is none.
     """
+    if config.engine == "local":
+        kernel_of(config)
     at_hand = read_current(storage, FOLDER)
     if at_hand and at_hand[0].as_of > as_of:
         say(f"histories are as of {at_hand[0].as_of} already: refreshing as of that day, not {as_of}")
@@ -120,7 +123,7 @@ def _write_snapshot(
     say: Callable[[str], None],
 ) -> tuple[str, Manifest]:
     """Write one snapshot, going on where an interrupted run stopped; return its name and its manifest."""
-    settings = layout(grouped.num_buckets, grouped.as_of, config)
+    settings = layout(grouped.num_buckets, grouped.as_of, config) | config.model_dump(include={"kmeans"})
     inputs = {grouped.prefix: grouped.manifest.digest(), f"spaces/{space_id}": space_id}
     inputs |= {base.prefix: base.manifest.digest()} if base else {}
     made = recipe("interests", settings, inputs)
@@ -204,11 +207,12 @@ def _bucket(job: _Job, bucket: int) -> Result:
     space = _space(storage, job.space_id)
     histories = read_bucket(storage, grouped.prefix, grouped.manifest.parts, bucket, changed if base else None)
     starts = last_centers(storage, old, changed, space.key.shape[1]) if base else None
-    rows = pa.Table.from_batches(_extracted(histories, space, starts), _schema(space))
+    kernel = kernel_of(job.config)
+    rows = pa.Table.from_batches(_extracted(histories, space, starts, kernel), _schema(space))
     result["interests"] += _num_interests(rows) - (len(starts.centers) if starts else 0)
     if starts is not None:
         share = -(-_DRIFT_USERS // grouped.num_buckets)
-        result["warm_inertia"], result["cold_inertia"] = _drift(histories, space, starts, share)
+        result["warm_inertia"], result["cold_inertia"] = _drift(histories, space, starts, kernel, share)
     parts = old
     if base is None or len(gone) or folds(old, job.config):
         rows, parts = _folded(storage, old, rows, np.concatenate([changed, gone])), []
@@ -234,13 +238,13 @@ def _schema(space: Space) -> pa.Schema:
     return interests_schema(space.key.shape[1], space.embedding.shape[1])
 
 
-def _extracted(histories: Bucket, space: Space, starts: Starts | None) -> Iterator[pa.RecordBatch]:
+def _extracted(histories: Bucket, space: Space, starts: Starts | None, kernel: Kernel) -> Iterator[pa.RecordBatch]:
     """Yield the interests of the bucket's users, users ascending, in batches of a bounded number of behaviors."""
     first, num_users = 0, len(histories.user_ids)
     while first < num_users:
         bound = histories.offsets[first] + _BEHAVIORS_PER_BATCH
         last = max(first + 1, int(np.searchsorted(histories.offsets, bound, "right")) - 1)
-        yield extract(histories.batch(first, last), space, _slice(starts, first, last), num_threads=1)
+        yield extract(histories.batch(first, last), space, _slice(starts, first, last), kernel)
         first = last
 
 
@@ -251,7 +255,7 @@ def _slice(starts: Starts | None, first: int, last: int) -> Starts | None:
     return Starts(starts.centers[begin:end], starts.offsets[first : last + 1] - begin)
 
 
-def _drift(histories: Bucket, space: Space, starts: Starts, num_users: int) -> tuple[float, float]:
+def _drift(histories: Bucket, space: Space, starts: Starts, kernel: Kernel, num_users: int) -> tuple[float, float]:
     """Return the inertia of some users when clustered from their last centers, and when clustered anew.
 
     They are drawn evenly from those who have last centers: the users of a bucket are in no order that matters.
@@ -264,7 +268,7 @@ def _drift(histories: Bucket, space: Space, starts: Starts, num_users: int) -> t
     config = space.config.clustering
 
     def total(begin: Starts | None) -> float:
-        labels = cluster(keys, offsets, histories.user_ids[users], config, begin, num_threads=1)
+        labels = kernel(keys, offsets, histories.user_ids[users], config, begin)
         return float(inertia(keys, offsets, labels, config.num_clusters).sum())
 
     return total(Starts(starts.centers[centers], center_offsets)), total(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -147,7 +148,8 @@ def test_threads_change_nothing():
     batch = to_batch(draw_histories(8, 40))
     space = make_space()
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda num_threads: extract(batch, space, None, num_threads), [1, 2, 5, None, 1]))
+        kernels = [partial(cluster, num_threads=num_threads) for num_threads in (1, 2, 5, None, 1)]
+        found = list(pool.map(lambda kernel: extract(batch, space, None, kernel), kernels))
     assert all(one.equals(extract(batch, SPACE)) for one in found)
 
 

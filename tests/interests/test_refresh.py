@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from datetime import date, timedelta
 
 import numpy as np
 import pytest
+import torch
 
 from encode.config import ClusteringConfig, Places, RefreshConfig
 from encode.data.buckets import group
 from encode.data.erasures import erase_users
 from encode.data.vocabulary import Vocabulary
 from encode.engines.local import LocalEngine
+from encode.errors import ConfigError
 from encode.interests import refresh as refreshing
 from encode.interests.extract import extract
 from encode.interests.kmeans import Starts
@@ -278,6 +283,35 @@ def test_a_log_that_outgrew_its_buckets_starts_cold(store, write_day, run):
     assert rows_of(store) == made(np.concatenate([draw(0), draw(1), new]))
 
 
+# --- what clusters -----------------------------------------------------------------------------------------
+
+
+def test_pytorch_clusters_as_well_as_the_kernel(folder, write_day, run):
+    """Cold and warm. Which of the two it was is in the snapshot's name, so neither passes for the other."""
+    write_space(folder, SPACE, {})
+    config = CONFIG.model_copy(update={"kmeans": "torch"})
+    behaviors = np.concatenate([draw(0), draw(1, users=(2, 5))])
+    write_day(folder, day(0), draw(0))
+    run(folder, 1, config=config)
+    write_day(folder, day(1), draw(1, users=(2, 5)))
+    run(folder, 2, config=config)
+    found, manifest = rows_of(folder), manifest_of(folder)
+    assert manifest.config["kmeans"] == "torch"
+    assert manifest.counts["clustered"] == 2
+    cold = made(behaviors)
+    assert {user: sum(row["size"]) for user, row in found.items()} == {u: sum(row["size"]) for u, row in cold.items()}
+    same = [user for user in cold if found[user]["size"] == cold[user]["size"]]
+    assert len(same) >= NUM_USERS - 3  # near ties, and two warm starts
+    for user in set(same) - {2, 5}:
+        np.testing.assert_allclose(found[user]["center"], cold[user]["center"], atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_begins(store, run):
+    with pytest.raises(ConfigError, match=r"refresh\.kmeans: torch-cuda: .* no CUDA device .* set refresh\.kmeans to"):
+        run(store, 3, config=CONFIG.model_copy(update={"kmeans": "torch-cuda"}))
+
+
 # --- interruptions and readers -----------------------------------------------------------------------------
 
 
@@ -310,6 +344,44 @@ def test_killed_at_any_write_the_old_snapshot_stays_and_the_next_run_goes_on(
         assert len(worked_on) == (0 if moved else 2 * NUM_BUCKETS - finished)
         assert {key: killed.get(key) for key in killed.list("")} == contents
     run(kill_at(FolderStorage(tmp_path / "before"), grouped + snapshot + 1), 3)  # there are no more
+
+
+def test_a_process_killed_again_and_again_gets_there(folder, write_day, run, tmp_path):
+    """SIGKILL as soon as another two buckets are finished; in the end every byte is that of one quiet run."""
+    settings = {"min_buckets": 16, "engine": "local"}
+    write_space(folder, SPACE, {})
+    write_day(folder, day(0), draw(0, users=range(1, 2001), num_rows=200_000))
+    shutil.copytree(tmp_path / "store", tmp_path / "quiet")
+    code = f"""
+import sys
+from datetime import date
+from pathlib import Path
+from encode.config import Places, RefreshConfig
+from encode.engines.local import LocalEngine
+from encode.interests.refresh import refresh_interests
+from encode.storage import FolderStorage
+root, space = sys.argv[1:]
+config = RefreshConfig.model_validate({settings})
+engine = LocalEngine(config, Places(store=root, scratch=Path(root).parent / "scratch"))
+refresh_interests(FolderStorage(Path(root)), [space], date.fromisoformat("{day(1)}"), config, engine, print)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), SPACE.id]
+    finished, kills = 0, 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            now = sum(key.endswith("result.json") for key in folder.list(""))
+            if now >= finished + 2 and kills < 3:
+                process.kill()
+                finished, kills = now, kills + 1
+                break
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 3
+    run(FolderStorage(tmp_path / "quiet"), 1, config=RefreshConfig.model_validate(settings))
+    quiet = FolderStorage(tmp_path / "quiet")
+    assert {key: folder.get(key) for key in folder.list("")} == {key: quiet.get(key) for key in quiet.list("")}
 
 
 def test_a_reader_finds_what_the_newest_file_says(store, write_day, run, tmp_path):
