@@ -5,6 +5,8 @@ the 125,000 users of 100 M behaviors reach the end of the tail at 100,000. One u
 has the same longest history. Items are zipf-like, within a category and among categories, and a user draws from ten
 categories. A day's rows are in order of time, so users are mixed.
 
+    python -m benchmarks.behaviors    how many bytes a behavior takes
+
     U users   N behaviors   C categories   I items   V indices of the vocabulary   D embedding_dim   P projected_dim
 """
 
@@ -127,6 +129,21 @@ def make_space(log: Log) -> Space:
     return Space(SpaceConfig(clustering, "relevance", RECENT_LENGTH), vocabulary, embedding, key, projection, 8.0)
 
 
+def bytes_per_behavior(num_behaviors: int, max_user_id: int) -> tuple[float, float]:
+    """Return how long a behavior is in a day's file of such a log, and if each is of any user up to an id.
+
+    Of a billion users hardly one is in a file twice, which no log of a few users shows, whatever their ids.
+    """
+    log, random = make_log(num_behaviors), np.random.default_rng(0)
+    count = min(_ROWS_PER_PART, num_behaviors // NUM_DAYS)
+    users = random.choice(len(log.lengths), count, p=log.lengths / num_behaviors)
+    rows = _draw(log, users, np.ones(count, np.int64), 0, 1, random)
+    rows = rows[np.argsort(rows["second"], kind="stable")]
+    few = _table(log, rows)
+    many = few.set_column(0, "user_id", pa.array(random.integers(1, max_user_id, count, endpoint=True)))
+    return len(parquet_bytes(few)) / count, len(parquet_bytes(many)) / count
+
+
 # --- rows ----------------------------------------------------------------------------------------------------
 
 
@@ -196,3 +213,13 @@ def _table(log: Log, rows: np.ndarray) -> pa.Table:
     seconds = rows["second"].astype(np.int64) + day_start(FIRST_DAY)
     ids = log.user_ids[rows["user"]], rows["item"].astype(np.int64), log.category_of[rows["item"]]
     return pa.Table.from_arrays([*map(pa.array, ids), names, pa.array(seconds)], schema=BEHAVIORS)
+
+
+def main() -> None:
+    """Print how long a behavior is in a validated day of 100 million behaviors in 60 days."""
+    few, many = bytes_per_behavior(100_000_000, 10**9)
+    print(f"{few:.1f} bytes a behavior with the ids of 124,000 users, {many:.1f} with ids up to 10^9")
+
+
+if __name__ == "__main__":
+    main()

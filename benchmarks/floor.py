@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-_COLUMNS = "user_id, item_id, category_id, behavior, timestamp"
+_COLUMNS = "user_id", "item_id", "category_id", "timestamp"
+"""What a refresh reads and writes: not the name of the behavior."""
 _DUCKDB_MEMORY_SHARE = 0.7
 
 
@@ -27,10 +28,8 @@ def duckdb(files: Sequence[str], target: Path) -> Callable[[], object]:
         "temp_directory": str(target.parent / "duckdb"),
     }
     connection = duckdb.connect(config=settings)
-    statement = (
-        f"COPY (SELECT {_COLUMNS} FROM read_parquet(?, hive_partitioning=false) ORDER BY user_id, timestamp) "
-        f"TO '{target}' (FORMAT parquet, COMPRESSION lz4)"
-    )
+    rows = f"SELECT {', '.join(_COLUMNS)} FROM read_parquet(?, hive_partitioning=false) ORDER BY user_id, timestamp"
+    statement = f"COPY ({rows}) TO '{target}' (FORMAT parquet, COMPRESSION lz4)"
     return lambda: connection.execute(statement, [list(files)])
 
 
@@ -39,7 +38,8 @@ def polars(files: Sequence[str], target: Path) -> Callable[[], object]:
     os.environ["POLARS_MAX_THREADS"] = str(len(os.sched_getaffinity(0)))
     import polars
 
-    rows = polars.scan_parquet(list(files), hive_partitioning=False).sort("user_id", "timestamp")
+    rows = polars.scan_parquet(list(files), hive_partitioning=False).select(_COLUMNS)
+    rows = rows.sort("user_id", "timestamp")
     return lambda: rows.sink_parquet(target, compression="snappy", engine="streaming")
 
 

@@ -117,6 +117,7 @@ def summarize(results: dict[Step, Result], sizes: Sequence[int], tools: Sequence
             {
                 "behaviors": size,
                 "users": full["users"],
+                "log_bytes_per_behavior": round(results[Step(size, "generate")]["bytes_per_behavior"], 2),
                 "seconds": round(full["seconds"], 2),
                 "cpu_seconds": round(full["cpu_s"], 2),
                 "behaviors_per_s": round(size / full["seconds"]),

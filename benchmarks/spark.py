@@ -1,6 +1,6 @@
 """Rows a second through the Spark engine, and what Spark's shuffle writes.
 
-    python -m benchmarks.spark --master 'local-cluster[2,1,2048]' --rows 10000000 --buckets 16
+    python -m benchmarks.spark --master 'local-cluster[2,1,2048]' --rows 10000000 --buckets 16 --max-user-id 1000000
 
 Sources are generated on the executors; work only counts. Local clusters keep their logs below SPARK_HOME.
 """
@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ from encode.engines.spark import SparkEngine
 ROWS_PER_SOURCE = 500_000
 
 
-def read(day: int) -> Iterator[Rows]:
-    """Rows of one day, oldest first: a million users, Zipf's items in a thousand categories."""
+def read(max_user_id: int, day: int) -> Iterator[Rows]:
+    """Rows of one day, oldest first: users up to an id, Zipf's items in a thousand categories."""
     draw = np.random.default_rng(day)
     rows = np.empty((ROWS_PER_SOURCE, 4), np.int64)
-    rows[:, 0] = draw.integers(1, 1_000_000, len(rows))
+    rows[:, 0] = draw.integers(1, max_user_id, len(rows), endpoint=True)
     rows[:, 1] = (draw.pareto(0.3, len(rows)) % 1_000_000).astype(np.int64) + 1
     rows[:, 2] = rows[:, 1] % 1000 + 1
     rows[:, 3] = 1_700_000_000 + day * 86_400 + np.sort(draw.integers(0, 86_400, len(rows)))
@@ -57,15 +58,21 @@ def main() -> None:
     parser.add_argument("--master", default="local-cluster[2,1,2048]")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--buckets", type=int, default=16)
+    parser.add_argument("--max-user-id", type=int, default=1_000_000)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    days = range(max(1, options.rows // ROWS_PER_SOURCE))
-    log = Path(tempfile.mkdtemp(prefix="events-"))
+    with tempfile.TemporaryDirectory(prefix="events-") as log:
+        measure(options, Path(log))
+
+
+def measure(options: argparse.Namespace, log: Path) -> None:
+    """Shuffle a few times, with Spark's events logged in a folder."""
+    days, rows_of = range(max(1, options.rows // ROWS_PER_SOURCE)), partial(read, options.max_user_id)
     logged = f"--conf spark.eventLog.enabled=true --conf spark.eventLog.compress=false --conf spark.eventLog.dir={log}"
     os.environ["PYSPARK_SUBMIT_ARGS"] = f"{logged} pyspark-shell"
     started = time.perf_counter()
     for day in days:
-        next(read(day))
+        next(rows_of(day))
     print(f"making the rows, one process: {time.perf_counter() - started:.1f} s")
     engine = SparkEngine(Places(store="-", spark_master=options.master))
     started = time.perf_counter()
@@ -73,7 +80,7 @@ def main() -> None:
     print(f"session and first task: {time.perf_counter() - started:.1f} s")
     for _ in range(options.repeat):
         started = time.perf_counter()
-        results = list(engine.shuffle(days, read, range(options.buckets), options.buckets, count))
+        results = list(engine.shuffle(days, rows_of, range(options.buckets), options.buckets, count))
         took = time.perf_counter() - started
         rows, pids = sum(result["rows"] for result in results), {result["pid"] for result in results}
         print(

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -50,12 +49,11 @@ def in_child(function: Callable[..., Result], *args: Any) -> Result:
 def _in_child(sender: Connection, function: Callable[..., Result], args: Sequence[Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     result = function(*args)
-    unit = 1 if sys.platform == "darwin" else 1024
-    sender.send(result | {"rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9})
+    sender.send(result | {"rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9})
 
 
 def generate(root: Path, num_behaviors: int) -> Result:
-    """Write the log and the space, but for the last day."""
+    """Write the log and the space, but for the last day; return how long a behavior is in its files."""
     from benchmarks.behaviors import make_log, make_space, write_days
     from encode.interests.snapshots import write_space
     from encode.storage import FolderStorage
@@ -63,7 +61,8 @@ def generate(root: Path, num_behaviors: int) -> Result:
     log, storage = make_log(num_behaviors), FolderStorage(root / "store")
     write_days(storage, log, root / "scratch")
     write_space(storage, make_space(log), {})
-    return {"users": len(log.user_ids)}
+    written = sum(path.stat().st_size for path in (root / "store").glob("behaviors/*/*.parquet"))
+    return {"bytes_per_behavior": written / num_behaviors}
 
 
 def sort_floor(root: Path, tool: str) -> Result:

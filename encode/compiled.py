@@ -12,13 +12,21 @@ import numpy.typing as npt
 
 # What the compiled code is made of: Numba notices a change in a kernel's own file, not in one that it calls.
 _SOURCES = hashlib.sha256(
-    b"".join(text for path in sorted(Path(__file__).parent.rglob("*.py")) if b"compiled" in (text := path.read_bytes()))
+    b"".join(
+        text
+        for path in sorted(Path(__file__).parent.rglob("*.py"))
+        if b"compiled" in (text := path.read_bytes()) or b"numba" in text
+    )
 ).hexdigest()
 
 
 def compiled(function: Any) -> Any:
-    """Compile to a cached kernel without the GIL; cached beside the source, or in the user's cache if read-only."""
-    kernel = numba.njit(nogil=True, cache=True, error_model="numpy")(function)
+    """Compile to a kernel without the GIL, cached beside the source, or in the user's cache, if one can be written."""
+    kernel = numba.njit(nogil=True, error_model="numpy")(function)
+    try:
+        kernel.enable_caching()
+    except RuntimeError:  # a file system that is read-only throughout: each process compiles for itself
+        return kernel
     kernel._cache._cache_file._source_stamp = _SOURCES
     return kernel
 

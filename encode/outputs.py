@@ -182,13 +182,42 @@ def read_part(storage: Storage, prefix: str, part: Part) -> bytes:
     Raises:
         ArtifactError: the file is missing or is not the one that the manifest names.
     """
-    data = storage.get(part.key(prefix))
+    try:
+        data = storage.get(part.key(prefix))
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {_remedy(part)}") from None
     if digest(data) != part.sha256:
-        raise ArtifactError(
-            f"{storage.uri}/{part.key(prefix)}: damaged: {len(data)} bytes with digest {digest(data)[:12]}, "
-            f"expected {part.bytes} bytes with {part.sha256[:12]}; remove the output and run its step again"
-        )
+        found = f"{len(data)} bytes with digest {digest(data)[:12]}"
+        raise damaged(storage, prefix, part, f"{found}, expected {part.bytes} bytes with {part.sha256[:12]}")
     return data
+
+
+def read_referenced(storage: Storage, part: Part) -> bytes:
+    """Return one file of an earlier output, `part.at`, after checking its digest; raises as `read_part` does."""
+    return read_part(storage, str(part.at), part)
+
+
+def read_range(storage: Storage, part: Part, begin: int, end: int) -> bytes:
+    """Return bytes [begin, end) of a file of an earlier output, `part.at`; what they hold is the caller's to check.
+
+    Raises:
+        ArtifactError: the file is missing or cut off.
+    """
+    try:
+        return storage.get_range(part.key(str(part.at)), begin, end)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; {_remedy(part)}") from None
+
+
+def damaged(storage: Storage, prefix: str, part: Part, why: str) -> ArtifactError:
+    """Return the error that names a file of the output at `prefix`, and what to do about it."""
+    return ArtifactError(f"{storage.uri}/{part.key(prefix)}: damaged: {why}; {_remedy(part)}")
+
+
+def _remedy(part: Part) -> str:
+    if part.at is None:
+        return "remove the output and run its step again"
+    return f"remove {part.at} and {part.at.rpartition('/')[0]}/current.json and refresh again"
 
 
 def read_parts(storage: Storage, prefix: str, parts: Sequence[Part]) -> list[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 
@@ -66,8 +67,22 @@ def read_current(storage: Storage, folder: str) -> tuple[Pointer, Manifest] | No
     manifest = read_manifest(storage, prefix)
     if manifest is None or manifest.digest() != pointer.manifest:
         state = "absent or unfinished" if manifest is None else f"has manifest {manifest.digest()[:12]}"
-        raise ArtifactError(f"{prefix}: {state}, pointer expects {pointer.manifest[:12]}; refresh again")
+        raise ArtifactError(f"{storage.uri}/{prefix}: {state}, pointer expects {pointer.manifest[:12]}; refresh again")
     return pointer, manifest
+
+
+def read_base(storage: Storage, folder: str, say: Callable[[str], None]) -> tuple[Pointer | None, Manifest | None]:
+    """Return the pointer of a folder, and the manifest of its output if that can be built on; `say` why it cannot.
+
+    Raises:
+        ArtifactError: the pointer cannot be read.
+    """
+    try:
+        return read_current(storage, folder) or (None, None)
+    except ArtifactError as error:
+        found = read_pointer(storage, folder)
+        say(f"{error}: not built on")
+        return found[0] if found else None, None
 
 
 def move_pointer(storage: Storage, folder: str, pointer: Pointer, version: str | None) -> None:

@@ -30,6 +30,7 @@ LAYERS = [
     ["encode.interests"],
     ["encode.evaluate"],
     ["encode.train"],
+    ["encode.quality"],
     ["encode.registry", "encode.serving"],
     ["encode.gates", "encode.steps"],
     ["encode.quickstart", "encode.cli"],
@@ -111,7 +112,7 @@ def test_no_package_imports_itself_in_a_circle():
 @pytest.mark.parametrize(
     ("libraries", "allowed"),
     [
-        (("boto3", "botocore", "s3fs", "fsspec"), ("encode.storage",)),
+        (("boto3", "botocore", "s3fs", "fsspec"), ("encode.storage.s3",)),
         (("mlflow",), ("encode.registry", "encode.serving")),
         (("airflow",), ()),
         (("fastapi", "uvicorn", "starlette"), ("encode.serving", "encode.cli")),

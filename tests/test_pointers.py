@@ -10,7 +10,7 @@ import pytest
 
 from encode.errors import ArtifactError
 from encode.outputs import write_output
-from encode.pointers import Pointer, move_pointer, publish, read_current, read_pointer
+from encode.pointers import Pointer, move_pointer, publish, read_base, read_current, read_pointer
 from encode.storage import LostRace
 
 MONDAY, TUESDAY = date(2024, 3, 4), date(2024, 3, 5)
@@ -119,3 +119,21 @@ def test_what_a_pointer_names_must_be_there_and_be_it(folder):
     output(folder, MONDAY, "a")
     with pytest.raises(ArtifactError, match=r"things/20240304-a: has manifest [0-9a-f]{12}, pointer expects"):
         read_current(folder, FOLDER)
+
+
+def test_what_cannot_be_built_on_is_said_and_its_pointer_still_known(folder):
+    """So that what is made without it can take its place."""
+    said = []
+    assert read_base(folder, FOLDER, said.append) == (None, None)
+    pointer = publish(folder, FOLDER, *output(folder, MONDAY, "a"))
+    assert read_base(folder, FOLDER, said.append) == read_current(folder, FOLDER)
+    assert said == []
+    broken = Pointer(pointer.snapshot, MONDAY, "0123456789abcdef")
+    move_pointer(folder, FOLDER, broken, read_pointer(folder, FOLDER)[1])
+    assert read_base(folder, FOLDER, said.append) == (broken, None)
+    (told,) = said
+    assert told.startswith(f"{folder.uri}/things/20240304-a: has manifest ")
+    assert publish(folder, FOLDER, *output(folder, MONDAY, "b"), based_on=broken).snapshot == "20240304-b"
+    folder.put(f"{FOLDER}/current.json", b"{}")
+    with pytest.raises(ArtifactError, match="not a pointer"):
+        read_base(folder, FOLDER, said.append)

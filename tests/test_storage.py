@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from encode.config import Places
 from encode.errors import ArtifactError, ConfigError
-from encode.outputs import read_manifest, read_part, read_parts, recipe, write_output
-from encode.storage import LostRace, S3Storage, check_key, open_storage
+from encode.outputs import read_manifest, read_part, read_parts, read_range, read_referenced, recipe, write_output
+from encode.storage import FolderStorage, LostRace, S3Storage, check_key, open_storage
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -193,6 +198,51 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+from encode.storage import FolderStorage
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+FolderStorage(Path(sys.argv[1])).put("a/b", b"half")
+"""
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next_and_what_a_living_one_writes_is_not(tmp_path):
+    storage = FolderStorage(tmp_path)
+    command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "a").iterdir()
+    with storage._written_aside("a/c", b"alive") as (aside, _):
+        assert not left.exists()
+        FolderStorage(tmp_path).put("a/b", b"whole")
+        assert aside.read_bytes() == b"alive"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_a_file_taken_for_abandoned_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    storage, names = FolderStorage(tmp_path), iter(["unlucky", "lucky"])
+    make = tempfile.mkstemp
+
+    def swept_at_once(prefix, dir):
+        descriptor, name = make(prefix=prefix + next(names), dir=dir)
+        if "unlucky" in name:
+            Path(name).unlink()
+        return descriptor, name
+
+    monkeypatch.setattr("tempfile.mkstemp", swept_at_once)
+    storage.put("a", b"x")
+    assert storage.get("a") == b"x"
+    assert next(names, None) is None
+
+
+def test_reading_an_object_digests_nothing(tmp_path, monkeypatch):
+    """Whoever needs a digest of a part makes one: of each file one, not two."""
+    storage = FolderStorage(tmp_path)
+    storage.put("a", b"x")
+    monkeypatch.setattr("encode.storage.folder.digest", None)
+    assert storage.get("a") == b"x"
+
+
 # --- the probe ---------------------------------------------------------------------------------------------
 
 
@@ -321,6 +371,27 @@ def test_a_damaged_part_is_named_with_its_remedy(storage):
     assert text.startswith(f"{storage.uri}/out/a/one.bin: damaged: 5 bytes with digest ")
     assert manifest.parts[0].sha256[:12] in text
     assert text.endswith("remove the output and run its step again")
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing"])
+def test_a_part_of_an_earlier_output_is_named_with_what_holds_it(tmp_path, harm):
+    storage = FolderStorage(tmp_path)
+    part = write(storage).parts[0].referenced("out/a")
+    (tmp_path / "out/a/one.bin").unlink()
+    if harm == "damaged":
+        storage.put("out/a/one.bin", b"fIrst")
+    with pytest.raises(ArtifactError, match=r"one\.bin: .*; remove out/a and out/current\.json and refresh again$"):
+        read_referenced(storage, part)
+    if harm == "missing":
+        with pytest.raises(ArtifactError, match=r"one\.bin: not found; remove out/a and out/current\.json and"):
+            read_range(storage, part, 0, 2)
+
+
+def test_a_missing_part_is_named_with_its_remedy(storage):
+    manifest = write(storage)
+    part = manifest.parts[0].model_copy(update={"name": "none.bin"})
+    with pytest.raises(ArtifactError, match=r"none\.bin: not found; remove the output and run its step again"):
+        read_part(storage, "out/a", part)
 
 
 def test_a_part_cut_short_is_named_with_both_sizes(storage):

@@ -21,20 +21,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from encode.compiled import compiled, hash_slot, mix
-from encode.data.histories import rows_of, to_batch
+from encode.data.by_user import Bucket, Ints, Marks, group, marks_of
+from encode.data.histories import rows_of
 from encode.engines import Result, counted
-from encode.errors import ArtifactError
-from encode.outputs import Part, read_part
+from encode.outputs import Part, damaged, read_range, read_referenced
 from encode.schema import canonical_json
 from encode.storage import Storage
 
 USERS, ROWS = ".users.arrow", ".rows.npy"
-Ints = npt.NDArray[np.int64]
-Marks = npt.NDArray[np.uint64]
+_NAME = "part-"
 _NUM_THREADS = 8
 _BYTES_PER_BEHAVIOR = 24
 _WHOLE_FILE_SHARE = 0.2
@@ -47,28 +44,6 @@ _INDEX = pa.schema(
         pa.field("mark", pa.uint64(), nullable=False),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """The histories of U users of one bucket."""
-
-    user_ids: Ints
-    """Ascending, [U]."""
-    offsets: Ints
-    """Start of each user's rows, then the end of the last, [U + 1]."""
-    rows: Ints
-    """item_id, category_id and timestamp; by timestamp, then item, then category within a user, [N, 3]."""
-
-    def batch(self, first: int, last: int) -> pa.RecordBatch:
-        """Return the histories of users `first` to `last` as rows of `schema.HISTORIES`."""
-        begin, end = self.offsets[first], self.offsets[last]
-        columns = [np.ascontiguousarray(self.rows[begin:end, column]) for column in range(3)]
-        return to_batch(self.user_ids[first:last], self.offsets[first : last + 1] - begin, columns)
-
-    def behaviors(self) -> Ints:
-        """Return the rows with their user in front, as `group` takes them, [N, 4]."""
-        return np.column_stack([np.repeat(self.user_ids, np.diff(self.offsets)), self.rows])
 
 
 @dataclass(frozen=True)
@@ -98,12 +73,22 @@ class Index:
 
 def bucket_name(bucket: int) -> str:
     """Return what the files of a bucket begin with."""
-    return f"part-{bucket:03d}"
+    return f"{_NAME}{bucket:03d}"
 
 
 def files_of(parts: Sequence[Part], bucket: int, prefix: str) -> list[Part]:
     """Return the files of a bucket, oldest first, as another output names those of the output at `prefix`."""
     return [part.referenced(prefix) for part in parts if part.name.startswith(bucket_name(bucket) + ".")]
+
+
+def sizes(parts: Sequence[Part], num_buckets: int, ending: str = "") -> tuple[Ints, Ints]:
+    """Return the rows and the bytes of each bucket, in its files that end in `ending`, [num_buckets] each."""
+    own = [part for part in parts if part.name.endswith(ending)]
+    bucket = [int(part.name.partition(".")[0].removeprefix(_NAME)) for part in own]
+    rows, total = np.zeros(num_buckets, np.int64), np.zeros(num_buckets, np.int64)
+    np.add.at(rows, bucket, [part.rows or 0 for part in own])
+    np.add.at(total, bucket, [part.bytes for part in own])
+    return rows, total
 
 
 def dumped(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -145,101 +130,18 @@ def by_bucket(
     return sorted(results, key=lambda result: int(result["bucket"]))
 
 
-# --- grouping ----------------------------------------------------------------------------------------------
-
-
-def group(behaviors: Ints) -> Bucket:
-    """Group rows of user_id, item_id, category_id and timestamp, [N, 4], in any order: equal rows give equal bytes."""
-    user_ids, offsets, rows = _group(np.ascontiguousarray(behaviors))
-    return Bucket(user_ids, offsets, rows)
-
-
-@compiled
-def _number(behaviors: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
-    """Number the users in the order of their first row: each row's number, [N], and each number's user id, [U]."""
-    bits = 4
-    while (1 << bits) < 2 * len(behaviors):
-        bits += 1
-    slots = np.full(1 << bits, -1, np.int32)
-    numbers = np.empty(len(behaviors), np.int32)
-    users = np.empty(len(behaviors), np.int64)
-    count = 0
-    for i in range(len(behaviors)):
-        user = behaviors[i, 0]
-        slot = hash_slot(user, bits)
-        while slots[slot] >= 0 and users[slots[slot]] != user:
-            slot = (slot + 1) & (len(slots) - 1)
-        if slots[slot] < 0:
-            slots[slot] = count
-            users[count] = user
-            count += 1
-        numbers[i] = slots[slot]
-    return numbers, users[:count].copy()
-
-
-@compiled
-def _group(behaviors: Ints) -> tuple[Ints, Ints, Ints]:
-    numbers, users = _number(behaviors)
-    order = np.argsort(users)
-    counts = np.zeros(len(users), np.int64)
-    for i in range(len(numbers)):
-        counts[numbers[i]] += 1
-    offsets = np.zeros(len(users) + 1, np.int64)
-    place = np.empty(len(users), np.int64)
-    for rank in range(len(users)):
-        place[order[rank]] = offsets[rank]
-        offsets[rank + 1] = offsets[rank] + counts[order[rank]]
-    rows = np.empty((len(behaviors), 3), np.int64)
-    for i in range(len(behaviors)):
-        to = place[numbers[i]]
-        place[numbers[i]] += 1
-        for column in range(3):
-            rows[to, column] = behaviors[i, column + 1]
-    for rank in range(len(users)):
-        _sort(rows[offsets[rank] : offsets[rank + 1]])
-    return users[order], offsets, rows
-
-
-@compiled
-def _sort(rows: Ints) -> None:
-    """Sort by timestamp, item, category, in place; by timestamp alone where that settles it."""
-    disorder, ties = False, False
-    for i in range(1, len(rows)):
-        disorder |= rows[i, 2] < rows[i - 1, 2]
-    if disorder:
-        rows[:] = rows[np.argsort(rows[:, 2], kind="mergesort")]
-    for i in range(1, len(rows)):
-        if rows[i, 2] == rows[i - 1, 2]:
-            ties |= rows[i, 0] < rows[i - 1, 0] or (rows[i, 0] == rows[i - 1, 0] and rows[i, 1] < rows[i - 1, 1])
-    if ties:
-        for column in (1, 0, 2):
-            rows[:] = rows[np.argsort(rows[:, column], kind="mergesort")]
-
-
-@compiled
-def _marks(offsets: Ints, rows: Ints) -> Marks:
-    marks = np.zeros(len(offsets) - 1, np.uint64)
-    for user in range(len(marks)):
-        for i in range(offsets[user], offsets[user + 1]):
-            x = np.uint64(0x9E3779B97F4A7C15)
-            for column in range(3):
-                x = mix(x + np.uint64(rows[i, column]))
-            marks[user] += x
-    return marks
-
-
 # --- files -------------------------------------------------------------------------------------------------
 
 
 def bucket_files(bucket: Bucket) -> tuple[bytes, bytes]:
     """Return the content of the two files: users, rows."""
-    index = [bucket.user_ids, np.diff(bucket.offsets), _marks(bucket.offsets, bucket.rows)]
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, _INDEX) as writer:
+    index = [bucket.user_ids, np.diff(bucket.offsets), marks_of(bucket.offsets, bucket.rows)]
+    users, rows = io.BytesIO(), io.BytesIO()
+    with pa.ipc.new_file(users, _INDEX) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays([pa.array(column) for column in index], schema=_INDEX))
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(bucket.rows))
-    return bytes(sink.getvalue()), b"".join([header.getvalue(), bucket.rows.data])
+    np.lib.format.write_array_header_1_0(rows, np.lib.format.header_data_from_array_1_0(bucket.rows))
+    rows.write(bucket.rows.data)
+    return users.getvalue(), rows.getvalue()
 
 
 def read_index(storage: Storage, prefix: str, parts: Sequence[Part], bucket: int) -> Index:
@@ -276,22 +178,20 @@ def _read_rows(storage: Storage, part: Part, index: Index, chosen: Ints) -> Buck
     # The rows are the end of the file, whatever the length of the header.
     header = part.bytes - int(ends[-1]) * _BYTES_PER_BEHAVIOR
     if len(place) > _WHOLE_FILE_SHARE * ends[-1]:
-        rows = np.frombuffer(read_part(storage, "", part), np.int64, offset=header).reshape(-1, 3)
+        rows = np.frombuffer(read_referenced(storage, part), np.int64, offset=header).reshape(-1, 3)
         return Bucket(index.user_ids[chosen], offsets, rows if len(place) == len(rows) else rows[place])
     first, last = (header + edge[chosen] * _BYTES_PER_BEHAVIOR for edge in (begins, ends))
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        data = pool.map(partial(storage.get_range, part.key("")), first.tolist(), last.tolist())
+        data = pool.map(partial(read_range, storage, part), first.tolist(), last.tolist())
         rows = np.frombuffer(b"".join(data), np.int64).reshape(-1, 3)
-    if (damaged := np.flatnonzero(_marks(offsets, rows) != index.marks[chosen])).size:
-        raise ArtifactError(
-            f"{storage.uri}/{part.key('')}: damaged: rows of user {index.user_ids[chosen[damaged[0]]]} are not those "
-            "that the index names; remove this output and run the step again"
-        )
+    if (wrong := np.flatnonzero(marks_of(offsets, rows) != index.marks[chosen])).size:
+        user = index.user_ids[chosen[wrong[0]]]
+        raise damaged(storage, str(part.at), part, f"rows of user {user} are not those that the index names")
     return Bucket(index.user_ids[chosen], offsets, rows)
 
 
 def _read_index(storage: Storage, part: Part) -> Index:
-    batch = pa.ipc.open_file(pa.BufferReader(read_part(storage, "", part))).get_batch(0)
+    batch = pa.ipc.open_file(pa.BufferReader(read_referenced(storage, part))).get_batch(0)
     return Index(*(batch.column(name).to_numpy() for name in _INDEX.names))
 
 

@@ -53,7 +53,11 @@ def erase_users(storage: Storage, user_ids: Iterable[int]) -> int:
 
 def _parse(storage: Storage, data: bytes) -> npt.NDArray[np.int64]:
     try:
-        users = np.array(json.loads(data)["users"], np.int64)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        users = list(json.loads(data)["users"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f'{storage.uri}/{ERASURES}: not {{"users": [ids]}} ({error}); mend it') from None
-    return np.unique(users)
+    if wrong := [user for user in users if type(user) is not int or not 0 < user < 2**63]:
+        raise ArtifactError(
+            f'{storage.uri}/{ERASURES}: not {{"users": [ids]}} (found {wrong[0]!r}, expected 1 to 2^63 - 1); mend it'
+        )
+    return np.unique(np.array(users, np.int64))

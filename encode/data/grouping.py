@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -32,21 +32,25 @@ from encode.data.buckets import (
     dumped,
     files_of,
     finish,
-    group,
     read_bucket,
     read_index,
+    sizes,
 )
+from encode.data.by_user import Ints, group
 from encode.data.erasures import ERASURES, erased_users
 from encode.data.partitions import validated_days
 from encode.engines import Engine, Result, Rows
-from encode.outputs import Manifest, Part, complete_output, read_part, recipe, write_part
-from encode.pointers import publish, read_current
+from encode.errors import ArtifactError
+from encode.outputs import Manifest, Part, complete_output, read_manifest, read_part, recipe, write_part
+from encode.pointers import publish, read_base
 from encode.schema import digest
 from encode.storage import Storage
 
 FOLDER = "histories"
 _COLUMNS = ["user_id", "item_id", "category_id", "timestamp"]
 _ROWS_PER_PIECE = 1 << 18
+_BYTES_PER_ROW = 240
+"""Memory in which a row is grouped, if each is of another user: rows and their copies, a hash table, the files."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,39 @@ class Grouped:
         """Number of buckets, a power of two."""
         return int(self.manifest.config["num_buckets"])
 
+    @property
+    def days(self) -> dict[str, str]:
+        """The validated days in them, and the digest of each one's manifest."""
+        return dict(self.manifest.details["days"])
+
     def index(self, storage: Storage, bucket: int) -> Index:
         """Return who is in a bucket."""
         return read_index(storage, self.prefix, self.manifest.parts, bucket)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be in the histories: all of some validated days but for erased users."""
+
+    as_of: date
+    found: Mapping[str, Manifest]
+    erased: Ints
+
+    @cached_property
+    def days(self) -> dict[str, str]:
+        return {prefix: manifest.digest() for prefix, manifest in self.found.items()}
+
+    @cached_property
+    def erasures(self) -> str | None:
+        return digest(self.erased.tobytes()) if len(self.erased) else None
+
+    @cached_property
+    def behaviors(self) -> int:
+        return sum(int(manifest.counts["rows"]) for manifest in self.found.values())
+
+    def details(self) -> dict[str, Any]:
+        """Return what the manifest says of it."""
+        return {"as_of": str(self.as_of), "days": self.days, "erasures": self.erasures}
 
 
 def group_histories(
@@ -81,55 +115,64 @@ def group_histories(
 ) -> Grouped:
     """Bring the histories up to `as_of`: all days before it, grouped by user.
 
+    What cannot be added to the current histories, because they are damaged or of other days, is grouped anew.
+
     Raises:
-        ArtifactError: there are no validated behaviors, or a file is damaged.
+        ArtifactError: there are no validated behaviors, or a file of theirs is damaged.
     """
-    found = validated_days(storage, as_of)
-    days = {prefix: manifest.digest() for prefix, manifest in found.items()}
-    erased = erased_users(storage)
-    erasures = digest(erased.tobytes()) if len(erased) else None
-    behaviors = sum(int(manifest.counts["rows"]) for manifest in found.values())
-    current = read_current(storage, FOLDER)
-    base = Grouped(current[0].snapshot, current[1]) if current else None
-    if base is not None and (reason := _obsolete(base, as_of, days, behaviors, config)):
+    wanted = _Wanted(as_of, validated_days(storage, as_of), erased_users(storage))
+    pointer, manifest = read_base(storage, FOLDER, say)
+    base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
+    if base is not None and (reason := _obsolete(base, wanted, config)):
         say(f"histories: {reason}; grouping all behaviors anew")
         base = None
-    if base is not None and (base.as_of, base.manifest.details["days"], base.manifest.details["erasures"]) == (
-        as_of,
-        days,
-        erasures,
-    ):
+    if base is not None and base.manifest.details.items() >= wanted.details().items():
         say(f"histories {base.snapshot} are there already")
         return base
-    num_buckets = base.num_buckets if base else _num_buckets(behaviors, config)
-    inputs = days | ({base.prefix: base.manifest.digest()} if base else {}) | ({ERASURES: erasures} if erasures else {})
-    settings = layout(num_buckets, as_of, config)
+    try:
+        grouped = _group(storage, engine, wanted, base, config, say)
+    except ArtifactError as error:
+        if base is None:
+            raise
+        say(f"histories: {error}; grouping all behaviors anew")
+        grouped = _group(storage, engine, wanted, None, config, say)
+    publish(storage, FOLDER, grouped.snapshot, grouped.manifest, pointer)
+    return grouped
+
+
+def _group(
+    storage: Storage,
+    engine: Engine,
+    wanted: _Wanted,
+    base: Grouped | None,
+    config: RefreshConfig,
+    say: Callable[[str], None],
+) -> Grouped:
+    """Write the histories, going on where an interrupted run stopped."""
+    num_buckets = base.num_buckets if base else _num_buckets(wanted.behaviors, config)
+    inputs = wanted.days | ({base.prefix: base.manifest.digest()} if base else {})
+    inputs |= {ERASURES: wanted.erasures} if wanted.erasures else {}
+    settings = layout(num_buckets, wanted.as_of, config)
     made = recipe(FOLDER, settings, inputs)
-    snapshot = snapshot_name(as_of, made)
-    job = _Job(storage, f"{FOLDER}/{snapshot}", base, erased, erasures, config)
-    new = {prefix: manifest for prefix, manifest in found.items() if not base or prefix not in _days(base)}
-    results = _run(job, engine, new, num_buckets, say)
+    snapshot = snapshot_name(wanted.as_of, made)
+    prefix = f"{FOLDER}/{snapshot}"
+    if (manifest := read_manifest(storage, prefix)) is not None:
+        return Grouped(snapshot, manifest)
+    job = _Job(storage, prefix, base, wanted.erased, wanted.erasures, config)
+    results = _run(job, engine, wanted.found, num_buckets, say)
     parts = [Part.model_validate(part) for result in results for part in result["parts"]]
+    users = [result["users"] for result in results]
     manifest = complete_output(
         storage,
-        job.prefix,
+        prefix,
         parts,
         kind=FOLDER,
         fingerprint=made,
         config=settings,
         inputs=inputs,
-        counts={
-            "users": sum(result["users"] for result in results),
-            "behaviors": sum(part.rows or 0 for part in parts if part.name.endswith(ROWS)),
-        },
-        details={
-            "as_of": str(as_of),
-            "days": days,
-            "erasures": erasures,
-            "users": [result["users"] for result in results],
-        },
+        counts={"users": sum(users), "behaviors": int(sizes(parts, num_buckets, ROWS)[0].sum())},
+        details=wanted.details() | {"users": users},
     )
-    publish(storage, FOLDER, snapshot, manifest, current[0] if current else None)
     return Grouped(snapshot, manifest)
 
 
@@ -150,19 +193,15 @@ def folds(files: Sequence[Part], config: RefreshConfig) -> bool:
     return len(files) > config.max_deltas or sum(p.bytes for p in files[1:]) > config.max_delta_share * files[0].bytes
 
 
-def _days(base: Grouped) -> Mapping[str, str]:
-    days: Mapping[str, str] = base.manifest.details["days"]
-    return days
-
-
-def _obsolete(base: Grouped, as_of: date, days: dict[str, str], behaviors: int, config: RefreshConfig) -> str | None:
+def _obsolete(base: Grouped, wanted: _Wanted, config: RefreshConfig) -> str | None:
     """Return why nothing can be added to `base`, or None."""
-    if base.as_of > as_of:
+    if base.as_of > wanted.as_of:
         return f"those at hand are of {base.as_of}, a later day"
-    if changed := sorted(prefix for prefix, made in _days(base).items() if days.get(prefix) != made):
+    days = wanted.days
+    if changed := sorted(prefix for prefix, made in base.days.items() if days.get(prefix) != made):
         return f"{changed[0]} was {'validated again' if changed[0] in days else 'removed'}"
-    if base.num_buckets < _num_buckets(behaviors, config):
-        return f"{behaviors:,} behaviors need more than {base.num_buckets} buckets"
+    if base.num_buckets < _num_buckets(wanted.behaviors, config):
+        return f"{wanted.behaviors:,} behaviors need more than {base.num_buckets} buckets"
     return None
 
 
@@ -183,22 +222,32 @@ class _Job:
     storage: Storage
     prefix: str
     base: Grouped | None
-    erased: np.ndarray
+    erased: Ints
     erasures: str | None
     config: RefreshConfig
 
 
 def _run(
-    job: _Job, engine: Engine, new: Mapping[str, Manifest], num_buckets: int, say: Callable[[str], None]
+    job: _Job, engine: Engine, found: Mapping[str, Manifest], num_buckets: int, say: Callable[[str], None]
 ) -> list[Result]:
     """Return what was made of each bucket, in order."""
+    base = job.base
+    new = {prefix: manifest for prefix, manifest in found.items() if not base or prefix not in base.days}
     sources = [(prefix, part) for prefix, manifest in new.items() for part in manifest.parts]
     rows = sum(int(manifest.counts["rows"]) for manifest in new.values())
-    added = f"on top of {job.base.snapshot}" if job.base else f"into {num_buckets} buckets"
+    added = f"on top of {base.snapshot}" if base else f"into {num_buckets} buckets"
     say(f"grouping {rows:,} behaviors of {len(new)} days {added}")
+    known = sizes(base.manifest.parts if base else (), num_buckets, ROWS)[0].tolist()
 
     def start(buckets: Sequence[int]) -> Iterator[Result]:
-        return engine.shuffle(sources, partial(_read, job), buckets, num_buckets, partial(_bucket, job))
+        return engine.shuffle(
+            sources,
+            partial(_read, job),
+            buckets,
+            num_buckets,
+            partial(_bucket, job),
+            lambda bucket, rows: _BYTES_PER_ROW * (rows + known[bucket]),
+        )
 
     return by_bucket(job.storage, job.prefix, num_buckets, start, "buckets grouped", say)
 

@@ -18,7 +18,7 @@ from encode.errors import DataError
 from encode.schema import PADDING, UNKNOWN
 
 Ints = npt.NDArray[np.int64]
-Places = npt.NDArray[np.int32]
+Ints32 = npt.NDArray[np.int32]
 _FIRST_CATEGORY = 2
 
 
@@ -75,13 +75,13 @@ class Vocabulary:
         return self.item_ids[index - self.num_categories]
 
     @cached_property
-    def _item_table(self) -> Places:
-        table: Places = _hash_table(read_only(self.item_ids))
+    def _item_table(self) -> Ints32:
+        table: Ints32 = _hash_table(read_only(self.item_ids))
         return table
 
     @cached_property
-    def _category_table(self) -> Places:
-        table: Places = _hash_table(read_only(self.category_ids))
+    def _category_table(self) -> Ints32:
+        table: Ints32 = _hash_table(read_only(self.category_ids))
         return table
 
     def _find_categories(self, category_ids: Ints) -> Ints:
@@ -114,7 +114,7 @@ def build_vocabulary(histories: Histories, min_item_count: int) -> Vocabulary:
 # --- compiled ----------------------------------------------------------------------------------------------
 
 
-def _find(ids: Ints, sorted_ids: Ints, table: Places) -> Ints:
+def _find(ids: Ints, sorted_ids: Ints, table: Ints32) -> Ints:
     """Return the place in `sorted_ids` of each id, flat, -1 where it is not there."""
     place = np.empty(ids.size, np.int64)
     _look_up(read_only(ids.ravel()), read_only(sorted_ids), read_only(table), place)
@@ -122,7 +122,7 @@ def _find(ids: Ints, sorted_ids: Ints, table: Places) -> Ints:
 
 
 @compiled
-def _look_up(ids: Ints, sorted_ids: Ints, table: Places, place: Ints) -> None:
+def _look_up(ids: Ints, sorted_ids: Ints, table: Ints32, place: Ints) -> None:
     mask = len(table) - 1
     bits = 0
     while (1 << bits) < len(table):
@@ -135,7 +135,7 @@ def _look_up(ids: Ints, sorted_ids: Ints, table: Places, place: Ints) -> None:
 
 
 @compiled
-def _hash_table(ids: Ints) -> Places:
+def _hash_table(ids: Ints) -> Ints32:
     """Return an open-addressing table of places in `ids`, at most half full, -1 where it is empty."""
     bits = 1
     while (1 << bits) < 2 * len(ids):

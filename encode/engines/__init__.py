@@ -33,6 +33,7 @@ class Engine(Protocol):
         buckets: Sequence[int],
         num_buckets: int,
         work: Callable[[int, Rows], Result],
+        memory: Callable[[int, int], int] | None = None,
     ) -> Iterator[Result]:
         """Bring all rows of all sources to their buckets and yield `work(bucket, rows)` of each, in any order.
 
@@ -42,11 +43,14 @@ class Engine(Protocol):
             buckets: those that are wanted; rows of others are dropped. Each is worked on, even without rows.
             num_buckets: how many there are.
             work: is given all rows of a bucket, in any order.
+            memory: bytes that `work` takes at most for a bucket with so many rows, these included.
         """
         ...
 
-    def map(self, buckets: Sequence[int], work: Callable[[int], Result]) -> Iterator[Result]:
-        """Yield `work(bucket)` of each bucket, in any order."""
+    def map(
+        self, buckets: Sequence[int], work: Callable[[int], Result], memory: Callable[[int], int] | None = None
+    ) -> Iterator[Result]:
+        """Yield `work(bucket)` of each bucket, in any order; `memory` is the bytes that it takes at most."""
         ...
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The engine of one machine: threads, and a scratch folder for rows on their way to their buckets.
 
-Rows are held in memory only while a piece of a source is split and while a bucket is worked on, so memory depends on
-the size of a bucket and on the number of threads, not on the number of users.
+Rows are held in memory only while a piece of a source is split and while a bucket is worked on, and no bucket is begun
+that could take more memory than the setting leaves beside the others: one at a time is always worked on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -26,8 +27,11 @@ from encode.engines import Result, Rows
 from encode.errors import ConfigError
 from encode.schema import bucket_of
 
-_BYTES_PER_ROW = 320
-"""Memory of a thread for each behavior of the bucket that it works on: rows, their sorted copy, keys and outputs."""
+_PROCESS_BYTES = 768 << 20
+"""What a process takes before it works on anything: Python, PyTorch, Arrow, the compiled kernels."""
+_SOURCE_BYTES = 128 << 20
+"""What a source takes while it is read: a file, and a piece of its rows three times."""
+_BYTES_PER_ROW = 32
 _PREFIX = "encode-rows-"
 
 
@@ -35,8 +39,8 @@ class LocalEngine:
     """Works on as many buckets at a time as there are cores, fewer where memory allows no more."""
 
     def __init__(self, config: RefreshConfig, places: Places) -> None:
-        by_memory = int(config.memory_gb * 2**30 / (config.rows_per_bucket * _BYTES_PER_ROW))
-        self.num_workers = max(1, min(len(os.sched_getaffinity(0)), by_memory))
+        self.num_workers = len(os.sched_getaffinity(0))
+        self._memory = int(config.memory_gb * 2**30) - _PROCESS_BYTES
         self._scratch = places.scratch
 
     def shuffle(
@@ -46,7 +50,10 @@ class LocalEngine:
         buckets: Sequence[int],
         num_buckets: int,
         work: Callable[[int, Rows], Result],
+        memory: Callable[[int, int], int] | None = None,
     ) -> Iterator[Result]:
+        if not buckets:
+            return
         with self._spill(num_buckets) as spill:
             wanted = np.zeros(num_buckets, bool)
             wanted[list(buckets)] = True
@@ -55,28 +62,36 @@ class LocalEngine:
                 for rows in read(sources[place]):
                     spill.add(place, rows, wanted)
 
-            for _ in self._parallel(move, range(len(sources))):
-                pass
-            yield from self._parallel(lambda bucket: work(bucket, spill.take(bucket)), buckets)
+            def needed(bucket: int) -> int:
+                return memory(bucket, spill.num_rows(bucket)) if memory else 0
 
-    def map(self, buckets: Sequence[int], work: Callable[[int], Result]) -> Iterator[Result]:
-        yield from self._parallel(work, buckets)
+            for _ in self._parallel(move, range(len(sources)), lambda _: _SOURCE_BYTES):
+                pass
+            yield from self._parallel(lambda bucket: work(bucket, spill.take(bucket)), buckets, needed)
+
+    def map(
+        self, buckets: Sequence[int], work: Callable[[int], Result], memory: Callable[[int], int] | None = None
+    ) -> Iterator[Result]:
+        yield from self._parallel(work, buckets, memory or (lambda _: 0))
 
     def close(self) -> None:
         """Nothing is kept between calls."""
 
-    def _parallel(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+    def _parallel(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], memory: Callable[[Any], int]
+    ) -> Iterator[Any]:
         """Yield results as they come; after a failure, or when nobody listens any more, start no further task."""
-        left = iter(tasks)
-        running: set[Future[Any]] = set()
+        left = deque(tasks)
+        running: dict[Future[Any], int] = {}
         with ThreadPoolExecutor(self.num_workers) as pool:
-            while True:
-                while len(running) < self.num_workers and (task := next(left, _NONE)) is not _NONE:
-                    running.add(pool.submit(function, task))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+            while left or running:
+                while left and len(running) < self.num_workers:
+                    needed = memory(left[0])
+                    if running and sum(running.values()) + needed > self._memory:
+                        break
+                    running[pool.submit(function, left.popleft())] = needed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
                     yield future.result()
 
     @contextmanager
@@ -115,9 +130,6 @@ def _remove_abandoned(parent: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-_NONE = object()
-
-
 class _Spill:
     """Rows by bucket in files: appended to by several threads, taken back a bucket at a time.
 
@@ -139,6 +151,11 @@ class _Spill:
             with self._locks[bucket], self._paths[bucket].open("ab") as file:
                 file.write(np.array([source, len(piece), 0, 0]).data)
                 file.write(piece.data)
+
+    def num_rows(self, bucket: int) -> int:
+        """Return how many rows of a bucket wait, with those that tell of its pieces."""
+        path = self._paths[bucket]
+        return path.stat().st_size // _BYTES_PER_ROW if path.exists() else 0
 
     def take(self, bucket: int) -> Rows:
         """Return the rows of a bucket and remove its file."""

@@ -8,7 +8,9 @@ driver.
 
 `encode` must be installed on the executors, in the version of the driver: functions and sources travel pickled, and
 what they refer to is imported there. Credentials travel inside the same pickle, never in Spark's settings. A task that
-failed, or whose executor was lost, is tried again: `work` must write the same bytes each time.
+failed, or whose executor was lost, is tried again: `work` must write the same bytes each time, as a refresh does with
+the compiled kernel, and with PyTorch where executors are of one kind. `memory` is not looked at: it is for whoever
+sizes the executors.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class SparkEngine:
         buckets: Sequence[int],
         num_buckets: int,
         work: Callable[[int, Rows], Result],
+        memory: Callable[[int, int], int] | None = None,
     ) -> Iterator[Result]:
         """See `Engine.shuffle`. A source is a task, then a bucket is one, with all its rows in memory.
 
@@ -99,7 +102,9 @@ class SparkEngine:
         frame = packs.union(empty).repartitionById(len(buckets), "slot").mapInArrow(gather, _spark_schema(_ANSWERS))
         yield from _results(frame)
 
-    def map(self, buckets: Sequence[int], work: Callable[[int], Result]) -> Iterator[Result]:
+    def map(
+        self, buckets: Sequence[int], work: Callable[[int], Result], memory: Callable[[int], int] | None = None
+    ) -> Iterator[Result]:
         """See `Engine.map`. A bucket is a task.
 
         Raises:

@@ -35,7 +35,7 @@ Kernel = Callable[[Floats, Ints, Ints, ClusteringConfig, Starts | None], Labels]
 
 
 def kernel_of(config: RefreshConfig) -> Kernel:
-    """Return what clusters on one thread of a refresh.
+    """Return what clusters on the calling thread: a refresh has one for each bucket.
 
     Raises:
         ConfigError: it needs a GPU and there is none.
@@ -43,7 +43,7 @@ def kernel_of(config: RefreshConfig) -> Kernel:
     if config.kmeans == "compiled":
         return partial(cluster, num_threads=1)
     if config.kmeans == "torch":
-        return partial(kmeans_torch.cluster, device="cpu")
+        return _torch_on_one_thread
     if not torch.cuda.is_available():
         raise ConfigError(
             f"refresh.kmeans: torch-cuda: PyTorch {torch.__version__} finds no CUDA device on {platform.node()}; "
@@ -52,13 +52,22 @@ def kernel_of(config: RefreshConfig) -> Kernel:
     return partial(kmeans_torch.cluster, device="cuda")
 
 
+def _torch_on_one_thread(
+    keys: Floats, offsets: Ints, seeds: Ints, config: ClusteringConfig, starts: Starts | None
+) -> Labels:
+    torch.set_num_threads(1)  # of this thread, and of those that begin later
+    return kmeans_torch.cluster(keys, offsets, seeds, config, starts)
+
+
 def extract(
     histories: pa.RecordBatch, space: Space, starts: Starts | None = None, kernel: Kernel = cluster
 ) -> pa.RecordBatch:
     """Cluster each history in the space and pool each cluster: the offline stage of ENCODE, target-free.
 
-    The result depends on each user's row and starts alone, to the bit: neither the other users of the batch nor their
-    order nor the number of threads matter. Nothing here holds the GIL for long, so several threads may extract at once.
+    With the compiled kernel the result depends on each user's row and starts alone, to the bit: neither the other users
+    of the batch nor their order nor the number of threads matter. PyTorch's sums may round otherwise in another batch,
+    with other threads or on another GPU; the same call on the same machine repeats itself. Nothing here holds the GIL
+    for long, so several threads may extract at once.
 
     Args:
         histories: rows of `schema.HISTORIES`, behaviors oldest first; a user without behaviors gets no interests.
@@ -96,7 +105,12 @@ def extract(
         _ragged(_ragged(pa.array(pooled.top_items), pooled.top_offsets), pooled.offsets),
         *(_ragged(pa.array(column[recent]), recent_offsets) for column in (item_ids, category_ids, timestamps)),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=interests_schema(key.shape[1], space.embedding.shape[1]))
+    return pa.RecordBatch.from_arrays(columns, schema=schema_of(space))
+
+
+def schema_of(space: Space) -> pa.Schema:
+    """Return the columns of interests in a space."""
+    return interests_schema(space.key.shape[1], space.embedding.shape[1])
 
 
 def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
@@ -114,7 +128,7 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
         size[:count] = sizes
         items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
         recent[: len(items)] = space.vocabulary.index(items, categories)
-    return user_state(torch.from_numpy(center), torch.from_numpy(value), torch.from_numpy(size), recent)
+    return user_state(torch.from_numpy(center), torch.from_numpy(value), torch.from_numpy(size), space.scale, recent)
 
 
 def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:

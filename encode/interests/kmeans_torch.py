@@ -86,7 +86,8 @@ def _lloyd(
             break
         # What pads a history is counted in a cluster behind the last.
         segment = torch.where(mask, first + labels, B * K).flatten()
-        sums = doubles.new_zeros(B * K + 1, P).index_add_(0, segment, doubles)[:-1].view(B, K, P)
+        # Not index_add_: on a GPU that adds in any order, and the last bit of a center would be a matter of chance.
+        sums = doubles.new_zeros(B * K + 1, P).index_put_((segment,), doubles, accumulate=True)[:-1].view(B, K, P)
         sizes = torch.bincount(segment, minlength=B * K + 1)[:-1].view(B, K)
         empty = (sizes == 0) & ~absent & active
         for user in empty.any(1).nonzero().flatten().tolist():

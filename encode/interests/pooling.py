@@ -16,15 +16,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from encode.compiled import compiled, hash_slot, read_only
+from encode.compiled import compiled, read_only
 from encode.interests.lanes import prefetch
+from encode.interests.top_items import NUM_TOP_ITEMS, Counter, counter_of, top_items
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.int32]
-NUM_TOP_ITEMS = 5
+Ints32 = npt.NDArray[np.int32]
 _AHEAD, _FLOATS_A_LINE = 12, 16
 """Embeddings are fetched this many behaviors early, a cache line of 64 bytes at a time."""
 _SMALLEST_NORM = 1e-12
@@ -49,7 +49,7 @@ class Behaviors(NamedTuple):
 class Pooled(NamedTuple):
     """The interests of U users, one user after the other, each user's largest first."""
 
-    offsets: Places
+    offsets: Ints32
     """Start of each user's interests, then the end of the last, [U + 1]."""
     center: Floats
     """c_k, unit vectors, [S, P]."""
@@ -59,7 +59,7 @@ class Pooled(NamedTuple):
     """n_k, at least 1, [S]."""
     newest: Ints
     """Latest timestamp, [S]."""
-    top_offsets: Places
+    top_offsets: Ints32
     """Start of each interest's top items, then the end of the last, [S + 1]."""
     top_items: Ints
     """The most frequent items of each interest, at most 5, the smaller id first among equals, [T]."""
@@ -84,21 +84,8 @@ class _Scratch(NamedTuple):
     """Where each interest ends in `grouped`, [K]."""
     grouped: Ints
     """Items, interest by interest, [n]."""
-    counter: _Counter
+    counter: Counter
     """Of items."""
-
-
-class _Counter(NamedTuple):
-    """A hash table with open addressing; all counts are 0 between uses."""
-
-    item: Ints
-    """[2^b], at least 2 n."""
-    counts: Places
-    """[2^b]"""
-    used: Ints
-    """Places of the items that were met, [n]."""
-    top_counts: Ints
-    """Of the top items, [5]."""
 
 
 def pool(
@@ -139,7 +126,6 @@ def pool(
 
 
 def _scratch(longest: int, K: int, P: int, D: int) -> _Scratch:
-    room = 1 << (2 * longest).bit_length()
     return _Scratch(
         np.empty(longest, np.uint8),
         np.empty(longest),
@@ -149,17 +135,12 @@ def _scratch(longest: int, K: int, P: int, D: int) -> _Scratch:
         np.empty(K),
         np.empty(K, np.int64),
         np.empty(longest, np.int64),
-        _Counter(
-            np.empty(room, np.int64),
-            np.zeros(room, np.int32),
-            np.empty(longest, np.int64),
-            np.empty(NUM_TOP_ITEMS, np.int64),
-        ),
+        counter_of(longest),
     )
 
 
 @compiled
-def _count(labels: Labels, offsets: Ints, met: npt.NDArray[np.bool_], found: Places) -> None:
+def _count(labels: Labels, offsets: Ints, met: npt.NDArray[np.bool_], found: Ints32) -> None:
     """Fill in where each user's interests will start, so that all are written to their final place."""
     for user in range(len(offsets) - 1):
         met[:] = False
@@ -194,7 +175,7 @@ def _pool_users(
         _group(slot, size, behaviors.item_ids[begin:end], scratch.grouped, scratch.end)
         start = 0
         for k in range(last - first):
-            num_top += _top_items(scratch.grouped[start : scratch.end[k]], scratch.counter, out.top_items[num_top:])
+            num_top += top_items(scratch.grouped[start : scratch.end[k]], scratch.counter, out.top_items[num_top:])
             out.top_offsets[first + k + 1] = num_top
             start = scratch.end[k]
     return num_top
@@ -290,38 +271,3 @@ def _group(slot: Labels, size: Ints, item_ids: Ints, grouped: Ints, end: Ints) -
     for i in range(len(slot)):
         grouped[end[slot[i]]] = item_ids[i]
         end[slot[i]] += 1
-
-
-@compiled
-def _top_items(items: Ints, counter: _Counter, top: Ints) -> int:
-    """Fill in the most frequent items, then the smaller id first, and return how many; linear in the items.
-
-    Counting by hash leaves the order of the items undefined until here, where count and id decide it alone.
-    """
-    bits = 2
-    while (1 << bits) < 2 * len(items):
-        bits += 1
-    known, counts, used, top_counts = counter
-    num_used, num_top = 0, 0
-    for item in items:
-        place = hash_slot(item, bits)
-        while counts[place] != 0 and known[place] != item:
-            place = (place + 1) & ((1 << bits) - 1)
-        if counts[place] == 0:
-            known[place] = item
-            used[num_used] = place
-            num_used += 1
-        counts[place] += 1
-    for place in used[:num_used]:
-        item, count = known[place], np.int64(counts[place])
-        counts[place] = 0
-        rank = num_top
-        while rank > 0 and (top_counts[rank - 1] < count or (top_counts[rank - 1] == count and top[rank - 1] > item)):
-            rank -= 1
-        if rank == NUM_TOP_ITEMS:
-            continue
-        num_top = min(num_top + 1, NUM_TOP_ITEMS)
-        for other in range(num_top - 1, rank, -1):
-            top_counts[other], top[other] = top_counts[other - 1], top[other - 1]
-        top_counts[rank], top[rank] = count, item
-    return num_top

@@ -22,7 +22,8 @@ from safetensors.numpy import load, save
 from encode.config import ClusteringConfig
 from encode.data.vocabulary import Vocabulary
 from encode.errors import ArtifactError
-from encode.model.ctr import Items, Reader, Tables
+from encode.model.ctr import Reader, Tables
+from encode.model.long_term import Catalog
 from encode.schema import canonical_json, digest
 
 SPACE_FILES = ("space.json", "space.safetensors")
@@ -52,9 +53,11 @@ class Space:
     scale: float
 
     @cached_property
-    def items(self) -> Items:
+    def items(self) -> Catalog:
         """The tables as the model reads them, sharing memory."""
-        return Items(torch.from_numpy(self.embedding), torch.from_numpy(self.key))
+        no_kinds = np.zeros((1, self.embedding.shape[1]), np.float32)
+        arrays = (self.embedding, self.key, self.vocabulary.category_index, no_kinds)
+        return Catalog(*(torch.from_numpy(array) for array in arrays))
 
     @cached_property
     def files(self) -> dict[str, bytes]:
@@ -115,4 +118,11 @@ def load_space(files: dict[str, bytes], where: str) -> Space:
         raise ArtifactError(f"{where}: not a space ({type(error).__name__}: {error}); train it again") from None
     if len(space.embedding) != len(vocabulary) or len(space.key) != len(vocabulary):
         raise ArtifactError(f"{where}: {len(space.embedding)} embeddings for a vocabulary of {len(vocabulary)}")
+    shapes = {name: getattr(space, name).shape for name in ("embedding", "key", "projection")}
+    V, D, P = (len(vocabulary), *shapes["projection"], 0, 0)[:3]
+    expected = {"embedding": (V, D), "key": (V, P), "projection": (D, P)}
+    if shapes != expected or 0 in (D, P):
+        raise ArtifactError(f"{where}: found {shapes}, expected {expected}, no width of 0; train it again")
+    if bad := [name for name in (*expected, "scale") if not np.isfinite(getattr(space, name)).all()]:
+        raise ArtifactError(f"{where}: {', '.join(bad)}: found a number that is not finite; train it again")
     return space

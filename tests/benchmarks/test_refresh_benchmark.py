@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import cache
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import floor, refresh, stages
@@ -19,6 +20,7 @@ from benchmarks.behaviors import (
     MAX_LENGTH,
     MEDIAN_LENGTH,
     NUM_DAYS,
+    bytes_per_behavior,
     make_log,
     make_space,
     write_days,
@@ -64,6 +66,25 @@ def test_items_of_a_category_lie_together_in_the_space():
     assert similarity.diagonal().min() > 0.5 > np.abs(similarity - np.diag(similarity.diagonal())).mean() + 0.1
 
 
+def test_a_behavior_is_longer_where_there_are_more_users():
+    few, many = bytes_per_behavior(300_000, 10**9)
+    assert 1 < few < many < 100
+
+
+@pytest.mark.parametrize("tool", floor.tools())
+def test_the_floor_moves_what_a_refresh_moves(tmp_path, tool):
+    """The columns that histories hold, by user and time, and no other."""
+    stages.generate(tmp_path, 3_000)
+    files = sorted(str(path) for path in (tmp_path / "store").glob("behaviors/*/*.parquet"))
+    floor.tools()[tool](files, tmp_path / "sorted.parquet")()
+    table = pq.read_table(tmp_path / "sorted.parquet")
+    assert table.column_names == ["user_id", "item_id", "category_id", "timestamp"]
+    order = table.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
+    assert table["user_id"].equals(order["user_id"])
+    assert table["timestamp"].equals(order["timestamp"])
+    assert len(table) == 3_000
+
+
 @pytest.mark.skipif(not floor.tools(), reason="the floor needs duckdb or polars")
 def test_the_benchmark_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     def here(function, *args):
@@ -81,6 +102,7 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert result.keys() >= {"vs_floor", "rss_ratio", "rss_gb", "incremental_ratio", "behaviors_per_s"}
     assert all(math.isfinite(value) and value > 0 for value in result.values())
     assert [row["behaviors"] for row in rows] == list(sizes)
+    assert all(1 < row["log_bytes_per_behavior"] < 100 for row in rows)
     assert plot.stat().st_size > 10_000
     assert not any(work.iterdir())
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encode.data import buckets
-from encode.data.buckets import ROWS, USERS, bucket_files, files_of, group, read_bucket, read_index
+from encode.data.buckets import ROWS, USERS, bucket_files, files_of, read_bucket, read_index
+from encode.data.by_user import group
 from encode.errors import ArtifactError
 from encode.outputs import write_part
 from encode.schema import HISTORIES

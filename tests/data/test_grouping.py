@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from datetime import date, timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from encode.config import Places, RefreshConfig
 from encode.data import grouping
-from encode.data.buckets import ROWS, group, read_bucket
+from encode.data.buckets import ROWS, USERS, read_bucket
+from encode.data.by_user import group
 from encode.data.erasures import ERASURES, erase_users, erased_users
 from encode.data.grouping import group_histories
 from encode.data.histories import history_batch, read_histories
@@ -186,9 +189,89 @@ def test_erasures_add_up_and_refuse_what_is_no_user(storage):
     assert erased_users(storage).tolist() == [2, 5, 9]
     with pytest.raises(ConfigError, match="erase: -1 is not a user id"):
         erase_users(storage, [1, -1])
-    storage.put(ERASURES, b'{"users": ["x"]}')
-    with pytest.raises(ArtifactError, match=r'erasures\.json: not \{"users": \[ids\]\}'):
+
+
+@pytest.mark.parametrize("user", ['"x"', "1.9", "2.0", "true", "0", "-3", str(2**63), "[1]"])
+@pytest.mark.parametrize("data", ['{"users": [5, %s]}', "[%s]", "{}", "x"])
+def test_a_list_of_erasures_that_names_no_users_is_refused(storage, data, user):
+    """Rounded or misread, it would erase somebody else."""
+    storage.put(ERASURES, data.replace("%s", user).encode())
+    with pytest.raises(ArtifactError, match=r'erasures\.json: not \{"users": \[ids\]\} .*; mend it'):
         erased_users(storage)
+
+
+# --- damage, and what its messages tell to do ----------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("ending", [ROWS, USERS])
+@pytest.mark.parametrize("harm", [flip, Path.unlink], ids=["damaged", "missing"])
+def test_a_base_that_is_damaged_is_left_behind(storage, write_day, bring_up, tmp_path, ending, harm):
+    """Noticed when a day is folded in: all is grouped anew in the same run."""
+    write_day(storage, day(0), draw(0))
+    first, _ = bring_up(1)
+    harm(tmp_path / "store" / first.prefix / f"part-001{ending}")
+    write_day(storage, day(1), draw(1))
+    grouped, said = bring_up(2, RefreshConfig(min_buckets=4, max_deltas=0))
+    (told,) = [line for line in said if "grouping all behaviors anew" in line]
+    assert f"{storage.uri}/{first.prefix}/part-001{ending}: " in told
+    assert histories_of(storage, grouped) == expected(0, 1)
+    assert not any(part.at for part in grouped.manifest.parts)
+    assert read_pointer(storage, "histories")[0].snapshot == grouped.snapshot
+
+
+@pytest.mark.parametrize("new_day", [False, True])
+def test_without_the_manifest_of_the_current_histories_refreshing_again_helps(
+    storage, write_day, bring_up, tmp_path, new_day
+):
+    write_day(storage, day(0), draw(0))
+    first, _ = bring_up(1)
+    (tmp_path / "store" / first.prefix / "manifest.json").unlink()
+    if new_day:
+        write_day(storage, day(1), draw(1))
+    grouped, said = bring_up(1 + new_day)
+    assert said[0].startswith(f"{storage.uri}/{first.prefix}: absent or unfinished")
+    assert histories_of(storage, grouped) == (expected(0, 1) if new_day else expected(0))
+    assert read_pointer(storage, "histories")[0].snapshot == grouped.snapshot
+
+
+def test_with_a_damaged_manifest_of_the_current_histories_what_the_message_says_helps(
+    storage, write_day, bring_up, tmp_path
+):
+    write_day(storage, day(0), draw(0))
+    first, _ = bring_up(1)
+    storage.put(f"{first.prefix}/manifest.json", b"{")
+    with pytest.raises(ArtifactError, match=r"not a manifest .*; remove the output and run its step again") as caught:
+        bring_up(1)
+    assert str(caught.value).startswith(f"{storage.uri}/{first.prefix}/manifest.json: ")
+    shutil.rmtree(tmp_path / "store" / first.prefix)
+    assert histories_of(storage, bring_up(1)[0]) == expected(0)
+
+
+@pytest.mark.parametrize("ending", [ROWS, USERS])
+@pytest.mark.parametrize("harm", [flip, Path.unlink], ids=["damaged", "missing"])
+def test_a_reader_of_damaged_histories_is_told_what_to_remove(storage, write_day, bring_up, tmp_path, ending, harm):
+    """Doing so, and no more, leaves whole histories."""
+    for number in range(2):
+        write_day(storage, day(number), draw(number))
+        grouped, _ = bring_up(number + 1)
+    part = next(part for part in grouped.manifest.parts if part.at and part.name.endswith(ending))
+    harm(tmp_path / "store" / part.key(""))
+    with pytest.raises(ArtifactError) as caught:
+        histories_of(storage, grouped)
+    told = re.search(r"remove (\S+) and (\S+) and refresh again$", str(caught.value))
+    assert str(caught.value).startswith(f"{storage.uri}/{part.key('')}: ")
+    shutil.rmtree(tmp_path / "store" / told[1])
+    (tmp_path / "store" / told[2]).unlink()
+    assert histories_of(storage, bring_up(2)[0]) == expected(0, 1)
+
+
+# --- interruptions -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -202,8 +285,9 @@ def test_killed_at_any_write_it_goes_on_after_the_buckets_that_are_finished(
     shutil.copytree(tmp_path / "store", tmp_path / "before")
     clean, _ = bring_up(2)
     contents = {key: storage.get(key) for key in storage.list("")}
-    worked_on = []
-    original = grouping._bucket
+    worked_on, read = [], []
+    original, original_read = grouping._bucket, grouping._read
+    monkeypatch.setattr(grouping, "_read", lambda job, source: read.append(source) or original_read(job, source))
     monkeypatch.setattr(
         grouping, "_bucket", lambda job, bucket, rows: worked_on.append(bucket) or original(job, bucket, rows)
     )
@@ -217,6 +301,8 @@ def test_killed_at_any_write_it_goes_on_after_the_buckets_that_are_finished(
         assert read_pointer(killed, "histories")[0].as_of == (day(2) if moved else day(1))
         finished = sum(key.startswith(f"{clean.prefix}/") and key.endswith("result.json") for key in killed.list(""))
         worked_on.clear()
+        read.clear()
         assert bring_up(2, storage=killed)[0] == clean
         assert len(worked_on) == (0 if moved else 4 - finished)
+        assert len(read) == (0 if finished == 4 else 2), "files of the new day"
         assert {key: killed.get(key) for key in killed.list("")} == contents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ def scratch(tmp_path):
 
 
 @pytest.fixture
-def engine(tmp_path, scratch):
+def engine(tmp_path, scratch, monkeypatch):
+    """On three cores, however many this machine has."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     return LocalEngine(RefreshConfig(), Places(store=str(tmp_path), scratch=scratch))
 
 
@@ -64,7 +67,7 @@ def test_buckets_are_worked_on_at_the_same_time(engine):
         meeting.wait()
         return {"bucket": bucket}
 
-    assert engine.num_workers > 1
+    assert engine.num_workers == 3
     assert len(list(engine.map(range(2 * engine.num_workers), work))) == 2 * engine.num_workers
 
 
@@ -95,10 +98,41 @@ def test_rows_of_a_process_that_died_are_removed_and_of_one_that_lives_are_kept(
     assert list(scratch.iterdir()) == []
 
 
-def test_less_memory_means_fewer_at_a_time(tmp_path):
-    places = Places(store=str(tmp_path))
-    assert LocalEngine(RefreshConfig(memory_gb=0.1), places).num_workers == 1
-    assert LocalEngine(RefreshConfig(memory_gb=0.1, rows_per_bucket=1000), places).num_workers > 1
+@pytest.mark.parametrize(("memory_gb", "at_once"), [(0.1, 1), (1.0, 1), (1.3, 2), (9.0, 3)])
+def test_less_memory_means_fewer_at_a_time(engine, tmp_path, memory_gb, at_once):
+    """768 MiB are the process; a bucket takes 256; one is worked on whatever it takes."""
+    engine = LocalEngine(RefreshConfig(memory_gb=memory_gb), Places(store=str(tmp_path), scratch=tmp_path))
+    working, most, lock = set(), [], threading.Lock()
+
+    def work(bucket, *_):
+        with lock:
+            working.add(bucket)
+            most.append(len(working))
+        time.sleep(0.02)
+        with lock:
+            working.discard(bucket)
+        return {}
+
+    list(engine.map(range(6), work, lambda bucket: 256 << 20))
+    assert max(most) == at_once
+    most.clear()
+    list(engine.shuffle([1], read, range(6), NUM_BUCKETS, work, lambda bucket, rows: 256 << 20))
+    assert max(most) == at_once
+
+
+def test_memory_is_asked_for_with_the_rows_that_there_are(engine):
+    asked = {}
+    list(engine.shuffle([1], read, range(NUM_BUCKETS), NUM_BUCKETS, tell, lambda *told: asked.update([told]) or 0))
+    expected = np.bincount(bucket_of(rows_of(1)[:, 0], NUM_BUCKETS), minlength=NUM_BUCKETS)
+    assert all(expected[bucket] <= rows <= expected[bucket] + 2 for bucket, rows in asked.items())  # 2 pieces
+    assert len(asked) == NUM_BUCKETS
+
+
+def test_without_buckets_nothing_is_read(engine):
+    def unreadable(source):
+        raise AssertionError(source)
+
+    assert list(engine.shuffle([1, 2], unreadable, [], NUM_BUCKETS, tell)) == []
 
 
 def test_a_scratch_folder_that_cannot_be_used_is_named(tmp_path):

@@ -16,7 +16,7 @@ from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
 from encode.interests.extract import extract, state_of
 from encode.interests.kmeans import Starts, cluster
-from encode.model.ctr import Reader, Tables
+from encode.model.ctr import Encode, Reader, Tables
 from encode.model.space import SpaceConfig, space_of
 from encode.schema import HISTORIES, interests_schema
 
@@ -29,7 +29,7 @@ def make_space(pooling="relevance", num_clusters=NUM_CLUSTERS):
     torch.manual_seed(0)
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
     settings = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), pooling, RECENT)
-    return space_of(tables, Reader(MODEL), VOCABULARY, settings)
+    return space_of(tables, Reader(MODEL, Encode(MODEL)), VOCABULARY, settings)
 
 
 SPACE = make_space()
@@ -202,8 +202,8 @@ def test_state_is_the_row_padded():
     count = len(rows.column("size")[1])
     assert (state.interests.center[0, count:] == 0).all()
     assert state.interests.value[0, 0].tolist() == rows.column("value")[1].as_py()[0]
-    for one, other in zip(
-        [*empty.interests, empty.recent], [*(n := state_of(None, SPACE)).interests, n.recent], strict=True
-    ):
+    nobody = state_of(None, SPACE)
+    for one, other in zip([*empty.interests, empty.recent], [*nobody.interests, nobody.recent], strict=True):
         assert torch.equal(one, other)
-        assert (one == 0).all()
+    assert not any(one.any() for one in (*empty.interests[:3], empty.recent))
+    assert empty.interests.scale == SPACE.scale

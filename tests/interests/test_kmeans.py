@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.caching import CacheImpl
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
+from encode.compiled import compiled
 from encode.config import ClusteringConfig
 from encode.errors import DataError
 from encode.interests import kmeans, lloyd, seeding
@@ -430,21 +432,52 @@ def test_a_tile_is_sixteen_rows_in_columns(dim):
 # --- cache -------------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_is_compiled_again_when_what_it_calls_has_changed(tmp_path):
+OF_LLOYD = """
+from encode.compiled import compiled
+from encode.interests.lloyd import in_order
+@compiled
+def called(n):
+    return in_order(n)[-1]
+"""
+OF_LANES = """
+import numpy as np
+from encode.compiled import compiled
+from encode.interests.lanes import LANES, add, every, store
+@compiled
+def called(n):
+    out = np.empty(LANES, np.float32)
+    store(out, 0, add(every(n * 1.0), every(n * 1.0)))
+    return int(out[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "caller", "old", "new", "results"),
+    [
+        ("lloyd.py", OF_LLOYD, "min(i, n - 1)", "min(i, n - 1) + 40", ["2", "42"]),
+        ("lanes.py", OF_LANES, "builder.fadd(*args)", "builder.fsub(*args)", ["6", "0"]),
+    ],
+)
+def test_a_kernel_is_compiled_again_when_what_it_calls_has_changed(tmp_path, file, caller, old, new, results):
     """Edit the file of a function that a kernel in another file calls: a second process must not run the old code."""
     package = tmp_path / "encode"
     shutil.copytree(Path(kmeans.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
-    caller = "@compiled\ndef last(n):\n    return in_order(n)[-1]\n"
-    imports = "from encode.compiled import compiled\nfrom encode.interests.lloyd import in_order\n"
-    (package / "caller.py").write_text(imports + caller)
-    source, found = package / "interests" / "lloyd.py", []
-    for new in ("min(i, n - 1)", "min(i, n - 1) + 40"):
-        source.write_text(source.read_text().replace("min(i, n - 1)", new))
-        command = [sys.executable, "-c", "from encode import caller; print(caller.__file__, caller.last(3))"]
+    (package / "caller.py").write_text(caller)
+    source, found = package / "interests" / file, []
+    text = source.read_text()
+    for edited in (text, text.replace(old, new)):
+        source.write_text(edited)
+        command = [sys.executable, "-c", "from encode import caller; print(caller.__file__, caller.called(3))"]
         told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         assert told.startswith(str(package))
-        found.append(told.rpartition(" ")[2])
-    assert found == ["2\n", "42\n"]
+        found.append(told.split()[-1])
+    assert found == results
+
+
+def test_where_no_cache_can_be_written_kernels_are_compiled_without_one(monkeypatch):
+    """As in a container whose file system is read-only throughout."""
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert compiled(lambda n: n + 1)(2) == 3
 
 
 def test_keys_that_cannot_be_written_need_no_other_kernel(batch):

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from datetime import date, timedelta
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from encode.config import ClusteringConfig, Places, RefreshConfig
-from encode.data.buckets import group
+from encode.data.by_user import group
 from encode.data.erasures import erase_users
+from encode.data.grouping import group_histories
 from encode.data.vocabulary import Vocabulary
 from encode.engines.local import LocalEngine
-from encode.errors import ConfigError
+from encode.errors import ArtifactError, ConfigError
+from encode.interests import bucket as one_bucket
+from encode.interests import kmeans_torch
 from encode.interests import refresh as refreshing
 from encode.interests.extract import extract
 from encode.interests.kmeans import Starts
 from encode.interests.refresh import refresh_interests
-from encode.interests.snapshots import folder_of, read_rows, write_space
+from encode.interests.snapshots import folder_of, merged, read_rows, write_space
 from encode.model.space import Space, SpaceConfig
 from encode.pointers import read_current, read_pointer
 from encode.schema import bucket_of, day_start
@@ -34,20 +40,21 @@ NUM_USERS, NUM_BUCKETS, NUM_ITEMS = 24, 4, 200
 CONFIG = RefreshConfig(min_buckets=NUM_BUCKETS, max_deltas=2, max_delta_share=1.0, max_drift=9.0)
 
 
-def make_space(seed=0, num_clusters=4):
+def make_space(seed=0, num_clusters=4, widths=(12, 6)):
     """A space in which items lie around eight directions."""
-    rng = np.random.default_rng(seed)
+    rng, (D, P) = np.random.default_rng(seed), widths
     vocabulary = Vocabulary(np.arange(1, 9), np.arange(1, NUM_ITEMS + 1), 1 + np.arange(NUM_ITEMS) % 8)
-    embedding = rng.normal(size=(10, 12))[vocabulary.category_index] + 0.4 * rng.normal(size=(len(vocabulary), 12))
-    key = embedding @ np.linalg.qr(rng.normal(size=(12, 6)))[0]
+    embedding = rng.normal(size=(10, D))[vocabulary.category_index] + 0.4 * rng.normal(size=(len(vocabulary), D))
+    key = embedding @ np.linalg.qr(rng.normal(size=(D, P)))[0]
     key /= np.linalg.norm(key, axis=1, keepdims=True)
     embedding[0] = key[0] = 0
-    projection = np.zeros((12, 6), np.float32)
+    projection = np.zeros((D, P), np.float32)
     config = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), "relevance", 5)
     return Space(config, vocabulary, embedding.astype(np.float32), key.astype(np.float32), projection, 8.0)
 
 
 SPACE = make_space()
+NOBODY = np.zeros(0, np.int64)
 
 
 def day(number):
@@ -97,16 +104,18 @@ def rows_of(storage, space=SPACE):
     table = []
     for bucket in range(manifest.config["num_buckets"]):
         files = [part.referenced(prefix) for part in manifest.parts if part.name == f"part-{bucket:03d}.arrow"]
-        table += read_rows(storage, files, np.zeros(0, np.int64)).to_pylist()
+        table += [row for batch in merged(read_rows(storage, files, NOBODY)) for row in batch.to_pylist()]
     return {row["user_id"]: row for row in table}
 
 
 def made(behaviors, before=None, users=None, space=SPACE):
-    """What one extraction of whole histories gives, for users who had rows `before` from their last centers."""
+    """What one extraction of whole histories gives: of long ones of users who had rows `before` from those centers."""
     grouped = group(behaviors if users is None else behaviors[np.isin(behaviors[:, 0], users)])
     starts = None
     if before is not None:
-        centers = [before[user]["center"] if user in before else [] for user in grouped.user_ids.tolist()]
+        is_long = np.diff(grouped.offsets) >= one_bucket.LONG_HISTORY * space.config.clustering.num_clusters
+        known = set(grouped.user_ids[is_long].tolist()) & before.keys()
+        centers = [before[user]["center"] if user in known else [] for user in grouped.user_ids.tolist()]
         flat = np.array([center for user in centers for center in user], np.float32)
         starts = Starts(flat, np.append(0, np.cumsum([len(user) for user in centers])))
     rows = extract(grouped.batch(0, len(grouped.user_ids)), space, starts).to_pylist()
@@ -170,7 +179,7 @@ def test_day_after_day_it_stays_close_to_a_cold_rebuild(store, write_day, run, t
 
 
 def test_drift_above_the_threshold_clusters_everybody_anew(store, write_day, run, monkeypatch):
-    monkeypatch.setattr(refreshing, "_drift", lambda *_: (1.02, 1.0))
+    monkeypatch.setattr(one_bucket, "_drift", lambda *_: (1.02, 1.0))
     new = draw(2, users=(2, 5), num_rows=40)
     write_day(store, day(2), new)
     said = run(store, 3, config=CONFIG.model_copy(update={"max_drift": 0.01}))
@@ -253,8 +262,8 @@ def test_erased_users_are_in_no_file_and_not_found(store, run, tmp_path):
     pointer, manifest = read_current(store, folder_of(SPACE.id))
     prefix = f"{folder_of(SPACE.id)}/{pointer.snapshot}"
     for part in manifest.parts:
-        rows = read_rows(store, [part.referenced(prefix)], np.zeros(0, np.int64))
-        assert not {4, 11} & set(rows["user_id"].to_pylist())
+        for batch in merged(read_rows(store, [part.referenced(prefix)], NOBODY)):
+            assert not {4, 11} & set(batch.column("user_id").to_pylist())
     snapshot = fetch_snapshot(store, prefix, manifest, tmp_path / "cache")
     assert snapshot.find(4) is None
     assert snapshot.find(5) is not None
@@ -306,10 +315,175 @@ def test_pytorch_clusters_as_well_as_the_kernel(folder, write_day, run):
         np.testing.assert_allclose(found[user]["center"], cold[user]["center"], atol=1e-5)
 
 
+@pytest.mark.parametrize("new_day", [False, True])
+def test_another_kind_of_k_means_clusters_everybody(store, write_day, run, new_day):
+    """So that what the manifest says of a snapshot is so of each of its users."""
+    before = manifest_of(store)
+    if new_day:
+        write_day(store, day(2), draw(2, users=(2, 5)))
+    run(store, 2 + new_day, config=CONFIG.model_copy(update={"kmeans": "torch"}))
+    manifest = manifest_of(store)
+    assert (before.config["kmeans"], manifest.config["kmeans"]) == ("compiled", "torch")
+    assert manifest.counts["clustered"] == NUM_USERS
+    assert not any(part.at for part in manifest.parts)
+
+
+def test_pytorch_clusters_on_one_thread_of_its_own(store, run, monkeypatch):
+    """A refresh has a thread a bucket already, and sums must not depend on the number of cores."""
+    used, mine = set(), torch.get_num_threads()
+    original = kmeans_torch.cluster
+
+    def watched(*arguments):
+        used.add(torch.get_num_threads())
+        return original(*arguments)
+
+    monkeypatch.setattr(kmeans_torch, "cluster", watched)
+    run(store, 2, config=CONFIG.model_copy(update={"kmeans": "torch"}))
+    assert used == {1}
+    assert torch.get_num_threads() == mine
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_begins(store, run):
     with pytest.raises(ConfigError, match=r"refresh\.kmeans: torch-cuda: .* no CUDA device .* set refresh\.kmeans to"):
         run(store, 3, config=CONFIG.model_copy(update={"kmeans": "torch-cuda"}))
+
+
+# --- short histories ---------------------------------------------------------------------------------------
+
+
+def test_short_histories_are_clustered_anew(folder, write_day, run):
+    """From last centers, of which each is a behavior of its own, a new kind of behavior would get none."""
+    space = make_space(num_clusters=32)
+    write_space(folder, space, {})
+    users, first, second = np.arange(1, 101), day_start(day(0)), day_start(day(1))
+    old = np.array([(user, item, 1 + (item - 1) % 8, first) for user in users for item in range(user, user + 30)])
+    new = np.array([(user, item, 1 + (item - 1) % 8, second) for user in users for item in (199, 200)])
+    write_day(folder, day(0), old)
+    run(folder, 1, spaces=(space,))
+    write_day(folder, day(1), new)
+    run(folder, 2, spaces=(space,))
+    assert manifest_of(folder, space).counts["clustered"] == len(users)
+    assert rows_of(folder, space) == made(np.concatenate([old, new]), space=space)
+    assert manifest_of(folder, space).details["drift"] is None, "nobody began from last centers"
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from datetime import date
+from pathlib import Path
+from encode.config import Places, RefreshConfig
+from encode.engines.local import LocalEngine
+from encode.interests import bucket, refresh
+from encode.storage import FolderStorage
+
+def memory(which):
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+allowed = []
+def memory_of(job):
+    allowed.append(bucket.memory_of(job)[0])
+    return [allowed[-1]]
+
+refresh.memory_of, bucket._BEHAVIORS_PER_BATCH = memory_of, 1 << 12
+tiny, large, space, day = sys.argv[1:]
+for root in (tiny, large):  # the first loads kernels and whatever else is loaded once
+    Path("/proc/self/clear_refs").write_text("5")  # the highest until now is forgotten
+    before = memory("VmRSS")
+    config = RefreshConfig(min_buckets=1, max_deltas=0)
+    engine = LocalEngine(config, Places(store=root, scratch=Path(root).parent / "scratch"))
+    store, as_of = FolderStorage(Path(root)), date.fromisoformat(day)
+    refresh.refresh_interests(store, [space], as_of, config, engine, lambda _: None)
+print(memory("VmHWM") - before, allowed[-1])
+"""
+
+
+def test_a_bucket_stays_within_the_memory_that_it_is_allowed(write_day, tmp_path):
+    """Of short histories: each behavior is an interest, which is many times as large. From scratch, and folded."""
+    space = make_space(num_clusters=32, widths=(64, 16))
+    config = RefreshConfig(min_buckets=1, max_deltas=0)
+    roots = {name: tmp_path / name / "store" for name in ("tiny", "large")}
+    engine = LocalEngine(config, Places(store=str(tmp_path), scratch=tmp_path / "scratch"))
+    peaks = []
+    for number in range(2):
+        for name, num_users in (("tiny", 2_000), ("large", 120_000)):
+            storage, users = FolderStorage(roots[name]), np.arange(1, num_users + 1)
+            write_space(storage, space, {})
+            items = 1 + users % NUM_ITEMS
+            times = np.full(num_users, day_start(day(number)))
+            write_day(storage, day(number), np.column_stack([users, items, 1 + (items - 1) % 8, times])[:: number + 1])
+            group_histories(storage, engine, day(number + 1), config, lambda _: None)
+        command = [sys.executable, "-c", MEASURE, *map(str, roots.values()), space.id, str(day(number + 1))]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks.append(tuple(map(int, told.split())))
+    assert manifest_of(FolderStorage(roots["large"]), space).counts["users"] == 120_000
+    assert all(peak <= allowed for peak, allowed in peaks), peaks
+    assert peaks[0][1] < 120_000 * 700, "and it is not allowed just anything"
+
+
+# --- damage, and what its messages tell to do ----------------------------------------------------------------
+
+
+def harm_centers(path):
+    """Change one float of a center; ids, sizes and everything else stay as they are."""
+    data = path.read_bytes()
+    centers = pa.ipc.open_file(path).get_batch(0).column("center").flatten().flatten().to_numpy()
+    place = data.index(centers[:6].tobytes())
+    path.write_bytes(data[:place] + b"\x00\x00\x00\x3f" + data[place + 4 :])
+
+
+@pytest.mark.parametrize("harm", [harm_centers, lambda path: path.write_bytes(path.read_bytes()[:-90]), Path.unlink])
+def test_nothing_is_built_on_a_damaged_snapshot(store, write_day, run, tmp_path, harm):
+    pointer = read_pointer(store, folder_of(SPACE.id))[0]
+    path = tmp_path / "store" / folder_of(SPACE.id) / pointer.snapshot / "part-000.arrow"
+    harm(path)
+    new = draw(2)
+    write_day(store, day(2), new)
+    said = run(store, 3)
+    assert any(f"{path}: " in line and line.endswith(": clustering everybody anew") for line in said)
+    assert rows_of(store) == made(np.concatenate([draw(0), draw(1), new]))
+    assert not any(part.at for part in manifest_of(store).parts)
+
+
+@pytest.mark.parametrize("new_day", [False, True])
+def test_without_its_manifest_a_snapshot_is_made_anew(store, write_day, run, tmp_path, new_day):
+    pointer = read_pointer(store, folder_of(SPACE.id))[0]
+    prefix = f"{folder_of(SPACE.id)}/{pointer.snapshot}"
+    (tmp_path / "store" / prefix / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=f"{store.uri}/{prefix}: absent or unfinished, .*; refresh again$"):
+        manifest_of(store)
+    days = [draw(0), draw(1)]
+    if new_day:
+        days.append(draw(2))
+        write_day(store, day(2), days[-1])
+    run(store, 2 + new_day)
+    assert rows_of(store) == made(np.concatenate(days))
+    assert read_pointer(store, folder_of(SPACE.id))[0].as_of == day(2 + new_day)
+
+
+@pytest.mark.parametrize("ending", [".users.arrow", ".rows.npy"])
+def test_a_refresh_on_damaged_histories_says_what_to_remove(store, write_day, run, tmp_path, ending):
+    """Doing so, and no more, brings it to its end, though the snapshot at hand is of those histories too."""
+    grouped = read_pointer(store, "histories")[0]
+    path = tmp_path / "store" / "histories" / grouped.snapshot / f"part-000{ending}"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    other = make_space(seed=1)
+    write_space(store, other, {})
+    with pytest.raises(ArtifactError) as caught:
+        run(store, 2, spaces=(SPACE, other))
+    told = re.search(r"remove (\S+) and (\S+) and refresh again$", str(caught.value))
+    assert str(caught.value).startswith(f"{path}: damaged: ")
+    shutil.rmtree(tmp_path / "store" / told[1])
+    (tmp_path / "store" / told[2]).unlink()
+    new = draw(2)
+    write_day(store, day(2), new)
+    run(store, 3, spaces=(SPACE, other))
+    everything = np.concatenate([draw(0), draw(1), new])
+    assert rows_of(store, other) == made(everything, space=other)
+    assert rows_of(store) == made(everything), "who changed is not known without the old index"
 
 
 # --- interruptions and readers -----------------------------------------------------------------------------
@@ -326,8 +500,10 @@ def test_killed_at_any_write_the_old_snapshot_stays_and_the_next_run_goes_on(
     run(store, 3)
     contents = {key: store.get(key) for key in store.list("")}
     worked_on = []
-    original = refreshing._bucket
-    monkeypatch.setattr(refreshing, "_bucket", lambda job, bucket: worked_on.append(bucket) or original(job, bucket))
+    original = refreshing.refresh_bucket
+    monkeypatch.setattr(
+        refreshing, "refresh_bucket", lambda job, bucket: worked_on.append(bucket) or original(job, bucket)
+    )
     grouped, snapshot = 3 * NUM_BUCKETS + 2, 2 * NUM_BUCKETS + 2  # files and result of each, manifest, pointer
     for last in range(1, grouped + snapshot + 1):
         root = tmp_path / f"killed-{last}"

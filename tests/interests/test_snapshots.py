@@ -5,20 +5,25 @@ from __future__ import annotations
 from datetime import date
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
 from encode.config import ClusteringConfig, ModelConfig, Places, RefreshConfig
-from encode.data.buckets import group
+from encode.data.by_user import group
 from encode.data.vocabulary import Vocabulary
 from encode.engines.local import LocalEngine
 from encode.errors import ArtifactError
+from encode.interests import snapshots
 from encode.interests.extract import extract, state_of
 from encode.interests.refresh import refresh_interests
-from encode.interests.snapshots import folder_of, read_space, write_space
-from encode.model.ctr import Reader, Tables
+from encode.interests.snapshots import folder_of, merged, read_space, write_space
+from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import ModelCard, model_files
-from encode.model.space import SpaceConfig, space_of
+from encode.model.space import SpaceConfig, load_space, space_of
 from encode.outputs import read_manifest
 from encode.pointers import read_pointer
 from encode.schema import SECONDS_PER_DAY, day_of, day_start
@@ -35,7 +40,7 @@ def make_model(seed=0):
     """A space and the files of a model that needs it, with random weights."""
     torch.manual_seed(seed)
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
-    reader = Reader(MODEL)
+    reader = Reader(MODEL, Encode(MODEL))
     space = space_of(tables, reader, VOCABULARY, SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 4))
     card = ModelCard(model=MODEL, space=space.id, as_of=MONDAY, first_day=MONDAY, test_days=1, metrics={})
     targets = torch.arange(1, 9)[None]
@@ -86,7 +91,7 @@ def test_a_rerun_changes_nothing(storage, refresh, dying, monkeypatch):
     write_space(storage, SPACE, {})
     first = refresh(storage)
     before = {key: storage.get_versioned(key) for key in storage.list("")}
-    monkeypatch.setattr("encode.interests.refresh.extract", None)
+    monkeypatch.setattr("encode.interests.bucket.extract", None)
     assert refresh(dying[0](storage, 1)) == first  # it would die at its first write
     assert {key: storage.get_versioned(key) for key in storage.list("")} == before
 
@@ -140,7 +145,7 @@ def test_parts_without_users_do_no_harm(folder, refresh, tmp_path, num_users):
 def test_more_users_than_a_batch_holds(folder, refresh, tmp_path, monkeypatch):
     """Files in batches of 5, extracted in batches of 40 behaviors, hold the same rows."""
     monkeypatch.setattr("encode.interests.snapshots._USERS_PER_BATCH", 5)
-    monkeypatch.setattr("encode.interests.refresh._BEHAVIORS_PER_BATCH", 40)
+    monkeypatch.setattr("encode.interests.bucket._BEHAVIORS_PER_BATCH", 40)
     write_space(folder, SPACE, {})
     refresh(folder, num_users=60)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
@@ -237,6 +242,48 @@ def test_a_space_is_written_once_and_read_back(storage, dying):
     storage.put(f"{prefix}/space.safetensors", SPACE.files["space.safetensors"][:-1])
     with pytest.raises(ArtifactError, match=r"space\.safetensors: damaged"):
         read_space(storage, SPACE.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        *((name, lambda one: np.full_like(one, np.nan), "not finite") for name in ("embedding", "key", "projection")),
+        ("scale", lambda one: np.full_like(one, np.inf), "not finite"),
+        ("key", lambda one: one[:, :0], "no width of 0"),
+        ("key", lambda one: one[:, 1:], "expected"),
+        ("projection", lambda one: one[1:], "expected"),
+        ("projection", lambda one: one.ravel(), "expected"),
+        ("embedding", lambda one: one[:, :, None], "expected"),
+    ],
+)
+def test_tables_that_interests_cannot_be_made_of_are_refused(name, change, told):
+    """They would be clustered into NaN, or fail far from where they came from."""
+    tensors = load(SPACE.files["space.safetensors"])
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    with pytest.raises(ArtifactError, match=f"over here: .*{told}.*; train it again"):
+        load_space(SPACE.files | {"space.safetensors": save(tensors)}, "over here")
+
+
+# --- merging -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5), st.integers(1, 4))
+def test_merged_sources_are_one_source_in_order(source_of, size, num_users):
+    """Whatever batches they come in; and a file holds them in batches of equal size, each with its checksum."""
+    rows = extract(group(draw(max(1, len(source_of)))).batch(0, len(source_of)), SPACE) if source_of else None
+    if rows is None:
+        assert list(merged([iter([])])) == []
+        return
+    place = np.arange(len(rows))
+    sources = [rows.take(pa.array(place[np.array(source_of) == source])) for source in range(4)]
+    batches = [iter([one[first : first + size] for first in range(0, len(one) + size, size)]) for one in sources]
+    assert pa.Table.from_batches(merged(batches), rows.schema).equals(pa.Table.from_batches([rows]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots, "_USERS_PER_BATCH", num_users)
+        file = pa.ipc.open_file(snapshots.snapshot_bytes(rows.schema, [rows[:1], rows[1:1], rows[1:]]))
+    assert file.read_all().equals(pa.Table.from_batches([rows]))
+    lengths = [file.get_batch(number).num_rows for number in range(file.num_record_batches)]
+    assert lengths == [num_users] * (len(rows) // num_users) + [len(rows) % num_users] * (len(rows) % num_users > 0)
 
 
 # --- the local copy ----------------------------------------------------------------------------------------
