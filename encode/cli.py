@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     erase = with_step(add("erase", _erase, "keep users out of everything that is made from now on"))
     erase.add_argument("users", type=int, nargs="+", metavar="USER", help="user id")
     _add_serving(add, with_step)
+    _add_bench(commands)
     _add_stack(commands, add, with_step)
     return parser
 
@@ -121,6 +122,17 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     explain = with_step(add("explain", _explain, "show a user's interests: weight, size, newest time, top items"))
     explain.add_argument("user", type=int, help="user id")
     explain.add_argument("--item", type=int, help="also show how much this item attends to each interest")
+
+
+def _add_bench(commands: Any) -> None:
+    from encode.quality.command import add_options, run
+
+    bench = commands.add_parser("bench", help="hold models against each other", description="Benchmarks.")
+    actions = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "train every model of long-term interest on the same data, and compare"
+    quality = actions.add_parser("quality", help=text, description=text[0].upper() + text[1:] + ".")
+    quality.set_defaults(run=run)
+    add_options(quality)
 
 
 def _add_stack(commands: Any, add: Callable[..., Any], with_step: Callable[..., Any]) -> None:

@@ -81,8 +81,9 @@ class ModelConfig(Section):
     category_dim: Positive = 16
     projected_dim: Positive = 16
     """P: width of h = W_h^T e, in which behaviors are compared, clustered and attended to."""
-    reduction: Literal["learned", "random"] = "learned"
-    """`random` keeps the random projection that `learned` starts from."""
+    reduction: Literal["learned", "random", "pca", "none"] = "learned"
+    """`random` keeps the random projection that `learned` starts from; `pca` takes the directions in which the
+    embeddings of the moment vary most; `none` compares the embeddings themselves, projected_dim = embedding_dim."""
     margin: Literal["dynamic", "fixed"] = "dynamic"
     margin_weight: Annotated[float, Field(ge=0)] = 0.5
     """lambda of the dynamic margin; the margin itself when it is fixed."""
@@ -107,6 +108,10 @@ class ModelConfig(Section):
             raise ValueError(f"category_dim {self.category_dim} must be below embedding_dim {self.embedding_dim}")
         if self.projected_dim > self.embedding_dim:
             raise ValueError(f"projected_dim {self.projected_dim} must not exceed embedding_dim {self.embedding_dim}")
+        if self.reduction == "none" and self.projected_dim != self.embedding_dim:
+            raise ValueError(
+                f"reduction none: projected_dim {self.projected_dim} must equal embedding_dim {self.embedding_dim}"
+            )
         return self
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,25 +19,18 @@ from torch.nn import functional as F
 
 from encode.config import Config, ModelConfig, TrainingConfig
 from encode.data.histories import Histories, history_batch
-from encode.data.impressions import Splits, draw_impressions, split_days
+from encode.data.impressions import Splits, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
 from encode.errors import DataError
 from encode.evaluate.metrics import curves, summary
-from encode.evaluate.replay import (
-    Batch,
-    Replay,
-    assign_clusters,
-    batches,
-    make_replay,
-    predict,
-    read_batch,
-)
+from encode.evaluate.replay import Batch, Replay, assign, batches, make_replay, predict, read_batch
+from encode.interests.clustered import Clustered, cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss
 from encode.model.space import Space, SpaceConfig, space_of
-from encode.schema import UNKNOWN, Window, day_of, day_start
+from encode.schema import PADDING, UNKNOWN, Window, day_of, day_start
 
 _TRIPLETS_PER_UPDATE = 1024
 _MIRROR_USERS = 4
@@ -79,13 +73,13 @@ def train(histories: Histories, as_of: date, config: Config, say: Callable[[str]
         + " impressions"
     )
     tables = Tables(config.model, torch.from_numpy(vocabulary.category_index), vocabulary.num_categories)
-    reader = Reader(config.model)
-    epochs = _fit(tables, reader, replays, config, say)
-    probabilities = predict(tables.all_items(), reader, replays["test"], config.model.pooling, config.clustering)
+    reader = Reader(config.model, Clustered(config.model, config.clustering))
+    epochs = fit(tables, reader, replays["train"], replays["valid"], config.model, config.training, say)
+    probabilities = predict(tables.all_items(), reader, replays["test"])
     test = replays["test"].impressions
     metrics = summary(test.user, test.labels, probabilities, test.first_time)
     lengths = replays["test"].history_lengths()
-    metrics |= {name: value for name, value in epochs[_best(epochs)].items() if name.startswith("valid_")}
+    metrics |= {name: value for name, value in epochs[best_epoch(epochs)].items() if name.startswith("valid_")}
     say("test: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "calibration")))
     settings = SpaceConfig(config.clustering, config.model.pooling, config.model.recent_length)
     return Trained(
@@ -106,9 +100,8 @@ def _replays(histories: Histories, splits: Splits, vocabulary: Vocabulary, confi
     replays = {}
     for name, days, limit in wanted:
         impressions = draw_impressions(histories, days, training, limit)
-        replays[name] = make_replay(
-            histories, impressions, days, vocabulary, training.snapshot_days, config.model.recent_length
-        )
+        as_of = snapshot_times(impressions, days, training.snapshot_days)
+        replays[name] = make_replay(histories, impressions, as_of, vocabulary, config.model.recent_length)
     return replays
 
 
@@ -126,31 +119,41 @@ def evaluate(
     """
     impressions = draw_impressions(histories, days, config, config.max_eval_positives)
     settings = space.config
-    replay = make_replay(histories, impressions, days, space.vocabulary, config.snapshot_days, settings.recent_length)
-    probabilities = predict(space.items, reader, replay, settings.pooling, settings.clustering)
+    as_of = snapshot_times(impressions, days, config.snapshot_days)
+    replay = make_replay(histories, impressions, as_of, space.vocabulary, settings.recent_length)
+    offline = partial(cluster_histories, clustering=settings.clustering)
+    probabilities = predict(space.items, reader, replay, offline)
     return summary(impressions.user, impressions.labels, probabilities, impressions.first_time)
 
 
-def _fit(
-    tables: Tables, reader: Reader, replays: dict[str, Replay], config: Config, say: Callable[[str], None]
+def fit(
+    tables: Tables,
+    reader: Reader,
+    train: Replay,
+    valid: Replay,
+    model: ModelConfig,
+    training: TrainingConfig,
+    say: Callable[[str], None],
 ) -> list[dict[str, float]]:
-    """Train until the validation GAUC has not risen for `patience` epochs; leave the best epoch's weights in place."""
-    training = config.training
-    optimizer = torch.optim.AdamW(
-        [p for module in (tables, reader) for p in module.parameters() if p.requires_grad],
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-    )
+    """Train until the validation GAUC has not risen for `patience` epochs; leave the best epoch's weights in place.
+
+    Returns:
+        Losses and validation metrics of each epoch.
+
+    Raises:
+        DataError: no user of the validation days has both classes.
+    """
+    optimizers = _optimizers(tables, reader, training)
     rng = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
-    valid = replays["valid"].impressions
+    shown = valid.impressions
     epochs: list[dict[str, float]] = []
     best = copy.deepcopy((tables.state_dict(), reader.state_dict()))
     for epoch in range(training.num_epochs):
         started = time.monotonic()
-        losses = _run_epoch(tables, reader, replays["train"], config, optimizer, rng, generator, say)
-        probabilities = predict(tables.all_items(), reader, replays["valid"], config.model.pooling, config.clustering)
-        measured = summary(valid.user, valid.labels, probabilities, valid.first_time)
+        losses = _run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
+        tables.follow(train.counts())
+        measured = summary(shown.user, shown.labels, predict(tables.all_items(), reader, valid), shown.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
         say(
             f"epoch {epoch + 1} of {training.num_epochs}: loss {losses['loss']:.4f}, triplet {losses['triplet']:.4f}, "
@@ -158,17 +161,29 @@ def _fit(
         )
         if np.isnan(measured["gauc"]):
             raise DataError("validation days: no user has both positives and negatives; give more days or users")
-        best_epoch = _best(epochs)
-        if best_epoch == epoch:
+        leading = best_epoch(epochs)
+        if leading == epoch:
             best = copy.deepcopy((tables.state_dict(), reader.state_dict()))
-        elif epoch - best_epoch >= training.patience:
+        elif epoch - leading >= training.patience:
             break
     tables.load_state_dict(best[0])
     reader.load_state_dict(best[1])
     return epochs
 
 
-def _best(epochs: list[dict[str, float]]) -> int:
+def _optimizers(tables: Tables, reader: Reader, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """Return Adam for the tables by id, which touches the rows of a batch only, and AdamW for all else."""
+    by_id = tables.by_id()
+    known = {id(parameter) for parameter in by_id}
+    others = [p for module in (tables, reader) for p in module.parameters() if p.requires_grad and id(p) not in known]
+    rate = training.learning_rate
+    return [
+        torch.optim.SparseAdam(by_id, lr=rate),
+        torch.optim.AdamW(others, lr=rate, weight_decay=training.weight_decay),
+    ]
+
+
+def best_epoch(epochs: list[dict[str, float]]) -> int:
     """Return the epoch with the highest validation GAUC, the first among equals."""
     return int(np.argmax([epoch["valid_gauc"] for epoch in epochs]))
 
@@ -177,38 +192,44 @@ def _run_epoch(
     tables: Tables,
     reader: Reader,
     replay: Replay,
-    config: Config,
-    optimizer: torch.optim.Optimizer,
+    model: ModelConfig,
+    training: TrainingConfig,
+    optimizers: Sequence[torch.optim.Optimizer],
     rng: np.random.Generator,
     generator: torch.Generator,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Cluster all histories with the keys of the moment, then go once over the impressions."""
-    labels = assign_clusters(replay, tables.all_items().key.numpy(), config.clustering)
+    """Run the offline stage with the embeddings of the moment, then go once over the impressions."""
+    tables.follow(replay.counts())
+    labels = assign(replay, tables.all_items(), reader.long_term.assign)
     tables.train()
     reader.train()
-    totals = np.zeros(3)
+    totals = np.zeros(4)
     said = time.monotonic()
-    training = config.training
-    num_clusters = config.clustering.num_clusters
-    for batch in batches(replay, labels, num_clusters, training.histories_per_batch, rng, training.unknown_share):
-        reading = read_batch(tables.items(batch.items), reader, batch, config.model.pooling)
-        loss = F.binary_cross_entropy_with_logits(reading.logit, batch.label)
-        triplet = _triplet_loss(tables, batch, config.model, generator)
-        optimizer.zero_grad()
-        (loss + config.model.triplet_weight * triplet).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        totals += np.array([loss.item(), triplet.item(), 1.0]) * len(batch.rows)
+    for batch in batches(replay, labels, training.histories_per_batch, rng, training.unknown_share):
+        logit, auxiliary = read_batch(tables.items(batch.items), reader, batch)
+        loss = F.binary_cross_entropy_with_logits(logit, batch.label)
+        triplet = _triplet_loss(tables, batch, model, generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (loss + model.triplet_weight * triplet + auxiliary).backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        totals += np.array([loss.item(), triplet.item(), auxiliary.item(), 1.0]) * len(batch.rows)
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            say(f"  {totals[2] / len(replay.impressions):.0%} of the epoch, loss {totals[0] / totals[2]:.4f}")
-    return {"loss": totals[0] / totals[2], "triplet": totals[1] / totals[2]}
+            say(f"  {totals[3] / len(replay.impressions):.0%} of the epoch, loss {totals[0] / totals[3]:.4f}")
+    names = ("loss", "triplet", "auxiliary")
+    return {name: float(total) for name, total in zip(names, totals / totals[3], strict=False)}
 
 
 def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: torch.Generator) -> torch.Tensor:
     """The reduction's loss on triplets drawn anew from the batch's histories; only W_h is taught by it."""
-    triplets = draw_triplets(batch.history_offsets, _TRIPLETS_PER_UPDATE, generator)
-    embedding = tables.embed(batch.items[batch.behavior[triplets]]).detach()
+    if model.triplet_weight == 0 or model.reduction != "learned":
+        return tables.projection.new_zeros(())
+    triplets = draw_triplets((batch.history != PADDING).sum(1), _TRIPLETS_PER_UPDATE, generator)
+    behavior = batch.history[triplets[:, :1], triplets[:, 1:]]
+    embedding = tables.embed(batch.items[behavior]).detach()
     return dynamic_triplet_loss(embedding, embedding @ tables.projection, model.margin_weight, model.margin)
 
 

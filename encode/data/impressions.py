@@ -66,6 +66,15 @@ def split_days(window: Window, config: TrainingConfig) -> Splits:
     return Splits(train, valid, test)
 
 
+def snapshot_times(impressions: Impressions, days: Window, snapshot_days: int) -> Ints:
+    """Return the start of the last snapshot's day before or on which each impression is, [I].
+
+    Snapshots are taken every `snapshot_days` from the first of the days on.
+    """
+    first_day, every = day_start(days.start), snapshot_days * SECONDS_PER_DAY
+    return first_day + (impressions.timestamps - first_day) // every * every
+
+
 def draw_impressions(histories: Histories, days: Window, config: TrainingConfig, max_positives: int) -> Impressions:
     """Take the days' behaviors as positives and draw negatives for each, seeded.
 

@@ -3,54 +3,62 @@
 Long-term interests are those of the last snapshot before the impression's day; the recent branch holds what came
 since, strictly before the impression. Training and evaluation read the same batches, so the model is trained as served.
 
-    I impressions   H histories (one user as of one snapshot day)   N behaviors of a batch
-    B impressions of a batch   G histories of a batch   S items of a batch   K clusters   R recent behaviors
+    I impressions   H histories (one user as of one moment)   B impressions of a batch   G histories of a batch
+    L behaviors of the longest   T targets of the one with most   S items of a batch   R recent behaviors
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from encode.config import ClusteringConfig
 from encode.data.histories import Histories, rows_of
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
-from encode.interests.kmeans import cluster
-from encode.model.ctr import Items, Reader, Reading
-from encode.model.relevance import pool_interests
-from encode.schema import PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_start
+from encode.model.ctr import Reader, Recent
+from encode.model.long_term import Behaviors, Catalog, History, Target
+from encode.schema import PADDING, SECONDS_PER_DAY, UNKNOWN
 
 Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
+Offline = Callable[[Catalog, Behaviors], Ints | None]
+"""`LongTerm.assign`."""
 _HISTORIES_PER_BATCH = 64
+_HISTORIES_PER_ASSIGNMENT = 2048
+_MAX_TARGETS = 128
+"""Impressions of a history in one batch; more of them are read in turns, so that none makes all others pad."""
+_SORTED_BATCHES = 16
+"""Batches of training among which histories are sorted by length: they are padded to the longest of their batch."""
 
 
 class Batch(NamedTuple):
-    """All impressions of G histories, with all that the model needs to know of them."""
+    """Impressions of G histories, with all that the model needs to know of them."""
 
     items: Int64[Tensor, " S"]
     """Vocabulary index of each item that the batch speaks of, ascending; padding first."""
-    behavior: Int64[Tensor, " N"]
-    """Behaviors of the histories; this, `target` and `recent` are rows of `items`."""
-    history_offsets: Int64[Tensor, " G_plus_1"]
-    segment: Int64[Tensor, " N"]
-    """history * K + cluster."""
-    num_clusters: int
-    target: Int64[Tensor, " B"]
-    history_of: Int64[Tensor, " B"]
+    history: Int64[Tensor, "G L"]
+    """Behaviors of each history, oldest first; this, `target` and `recent` are rows of `items`, 0 where padded."""
+    kind: Int64[Tensor, "G L"]
+    age: Float[Tensor, "G L"]
+    """Days before the moment as of which the history is."""
+    cluster: Int64[Tensor, "G L"]
+    """What the offline stage assigned."""
+    target: Int64[Tensor, "G T"]
+    place: Int64[Tensor, " B"]
+    """Where the impressions are among the G T targets."""
     recent: Int64[Tensor, "B R"]
+    recent_kind: Int64[Tensor, "B R"]
     label: Float[Tensor, " B"]
     rows: Ints
-    """Where the impressions are in `Impressions`."""
+    """Where the impressions are in `Impressions`, [B]."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +68,33 @@ class Replay:
     impressions: Impressions
     behavior_index: Ints
     """Vocabulary index of every behavior, [all behaviors]."""
+    behavior_kind: Ints
+    behavior_timestamps: Ints
+    category_index: Ints
+    """Category index of each index of the vocabulary."""
     target_index: Ints
     """[I]"""
     history_user_ids: Ints
     """[H]"""
     history_begin: Ints
     history_end: Ints
-    """Rows of each history: the behaviors before its snapshot day, [H]."""
+    """Rows of each history: the behaviors before its moment, [H]."""
+    history_as_of: Ints
+    """That moment, [H]."""
     impression_offsets: Ints
     """Impressions of each history, [H + 1]."""
     recent_begin: Ints
     recent_end: Ints
     """Rows of each impression's recent branch, [I]."""
     recent_length: int
+
+    def counts(self) -> Float[Tensor, " V"]:
+        """Return how often each index occurs among the behaviors that are in any history."""
+        steps = np.zeros(len(self.behavior_index) + 1, np.int64)
+        np.add.at(steps, self.history_begin, 1)
+        np.add.at(steps, self.history_end, -1)
+        inside = np.cumsum(steps)[:-1] > 0
+        return torch.from_numpy(np.bincount(self.behavior_index[inside], minlength=len(self.category_index))).float()
 
     def history_lengths(self) -> Ints:
         """Return the length of the history of each impression, [I]."""
@@ -82,29 +104,41 @@ class Replay:
 def make_replay(
     histories: Histories,
     impressions: Impressions,
-    days: Window,
+    as_of: Ints,
     vocabulary: Vocabulary,
-    snapshot_days: int,
     recent_length: int,
+    window: int | None = None,
 ) -> Replay:
-    """Join each impression to the snapshot before its day and to the behaviors before its second."""
-    first_day = day_start(days.start)
-    age = (impressions.timestamps - first_day) // SECONDS_PER_DAY // snapshot_days
-    as_of = first_day + age * snapshot_days * SECONDS_PER_DAY
+    """Join each impression to its user's history as of a moment, and to the last behaviors before its second.
+
+    Args:
+        histories: all behaviors.
+        impressions: sorted by user, then time.
+        as_of: the moment before which an impression knows the long-term history, at most its timestamp, [I]; see
+            `data.impressions.snapshot_times`.
+        vocabulary: of items and categories.
+        recent_length: R.
+        window: cut each history to its latest behaviors, this many.
+    """
     new = np.append(True, (impressions.user[1:] != impressions.user[:-1]) | (as_of[1:] != as_of[:-1]))
-    first = np.flatnonzero(new)
+    first = np.flatnonzero(new[: len(impressions)])
     user = impressions.user[first]
-    end = _row_before(histories, impressions.user, impressions.timestamps)
+    recent_end = _row_before(histories, impressions.user, impressions.timestamps)
+    begin, end = histories.offsets[user], _row_before(histories, user, as_of[first])
     return Replay(
         impressions=impressions,
         behavior_index=vocabulary.index(histories.item_ids, histories.category_ids),
+        behavior_kind=histories.behaviors.astype(np.int64),
+        behavior_timestamps=histories.timestamps,
+        category_index=vocabulary.category_index,
         target_index=vocabulary.index(impressions.item_ids, impressions.category_ids),
         history_user_ids=histories.user_ids[user],
-        history_begin=histories.offsets[user],
-        history_end=_row_before(histories, user, as_of[first]),
+        history_begin=begin if window is None else np.maximum(begin, end - window),
+        history_end=end,
+        history_as_of=as_of[first],
         impression_offsets=np.append(first, len(impressions)),
-        recent_begin=np.maximum(histories.offsets[impressions.user], end - recent_length),
-        recent_end=end,
+        recent_begin=np.maximum(histories.offsets[impressions.user], recent_end - recent_length),
+        recent_end=recent_end,
         recent_length=recent_length,
     )
 
@@ -118,56 +152,105 @@ def _row_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
     return rows
 
 
-def assign_clusters(replay: Replay, key: npt.NDArray[np.float32], config: ClusteringConfig) -> list[Labels]:
-    """Cluster every history of the replay with the keys of the moment, [V, P]; labels of each, in row order."""
+def assign(replay: Replay, catalog: Catalog, offline: Offline) -> list[Labels] | None:
+    """Run the offline stage over every history with the embeddings of the moment; labels of each, in row order."""
     labels: list[Labels] = []
-    for chosen in np.array_split(np.arange(len(replay.history_begin)), max(1, len(replay.history_begin) // 2048)):
+    for first in range(0, len(replay.history_begin), _HISTORIES_PER_ASSIGNMENT):
+        chosen = np.arange(first, min(first + _HISTORIES_PER_ASSIGNMENT, len(replay.history_begin)))
         rows, offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
-        flat = cluster(key[replay.behavior_index[rows]], offsets, replay.history_user_ids[chosen], config)
-        labels += np.split(flat, offsets[1:-1])
+        item = replay.behavior_index[rows]
+        behaviors = Behaviors(
+            offsets,
+            replay.history_user_ids[chosen],
+            item,
+            replay.category_index[item],
+            replay.behavior_kind[rows],
+            replay.behavior_timestamps[rows],
+        )
+        flat = offline(catalog, behaviors)
+        if flat is None:
+            return None
+        labels += np.split(flat.astype(np.uint8 if flat.max(initial=0) < 256 else np.int64), offsets[1:-1])
     return labels
+
+
+# --- batches -----------------------------------------------------------------------------------------------
 
 
 def batches(
     replay: Replay,
-    labels: list[Labels],
-    num_clusters: int,
-    histories_per_batch: int,
+    labels: list[Labels] | None,
+    histories_per_batch: int = _HISTORIES_PER_BATCH,
     rng: np.random.Generator | None = None,
     unknown_share: float = 0.0,
 ) -> Iterator[Batch]:
-    """Yield batches of whole histories, in order.
+    """Yield batches of histories of similar length, each with its impressions.
 
     For training, `rng` shuffles the histories and makes a share of the targets unknown, so that the model learns what
     an item outside the vocabulary is worth.
     """
-    vocabulary_size = 1 + max(int(replay.behavior_index.max(initial=0)), int(replay.target_index.max(initial=0)))
-    order = np.arange(len(replay.history_begin))
-    if rng is not None:
-        rng.shuffle(order)
-    for chosen in np.split(order, range(histories_per_batch, len(order), histories_per_batch)):
-        behavior_rows, history_offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
-        rows, offsets = rows_of(replay.impression_offsets[chosen], replay.impression_offsets[chosen + 1])
-        lengths = np.diff(history_offsets)
-        cluster_of = np.concatenate([labels[history] for history in chosen]).astype(np.int64)
-        segment = np.repeat(np.arange(len(chosen)), lengths) * num_clusters + cluster_of
-        behavior, target = replay.behavior_index[behavior_rows], replay.target_index[rows]
+    vocabulary_size = len(replay.category_index)
+    history, begin, end = _turns(replay)
+    lengths = (replay.history_end - replay.history_begin)[history]
+    for chosen in _order(lengths, histories_per_batch, rng):
+        of, first, last = history[chosen], begin[chosen], end[chosen]
+        places, real = _padded(replay.history_begin[of], replay.history_end[of])
+        behavior = np.where(real, replay.behavior_index[places], PADDING)
+        rows, shown = _padded(first, last)
+        target = np.where(shown, replay.target_index[rows], PADDING)
         if rng is not None:
-            target = np.where(rng.random(len(target)) < unknown_share, UNKNOWN, target)
-        recent = _recent(replay, rows)
+            target = np.where(shown & (rng.random(target.shape) < unknown_share), UNKNOWN, target)
+        rows = rows[shown]
+        recent_places, recent_real = _padded(replay.recent_begin[rows], replay.recent_end[rows], replay.recent_length)
+        recent = np.where(recent_real, replay.behavior_index[recent_places], PADDING)
+        cluster = np.zeros(real.shape, np.int64)
+        if labels is not None:
+            cluster[real] = np.concatenate([labels[place] for place in of])
         items, row_of = _distinct(vocabulary_size, behavior, target, recent)
+        age = (replay.history_as_of[of, None] - replay.behavior_timestamps[places]) / SECONDS_PER_DAY
         yield Batch(
             items=torch.from_numpy(items),
-            behavior=torch.from_numpy(row_of[behavior]),
-            history_offsets=torch.from_numpy(history_offsets),
-            segment=torch.from_numpy(segment),
-            num_clusters=num_clusters,
+            history=torch.from_numpy(row_of[behavior]),
+            kind=torch.from_numpy(replay.behavior_kind[places] * real),
+            age=torch.from_numpy((age * real).astype(np.float32)),
+            cluster=torch.from_numpy(cluster),
             target=torch.from_numpy(row_of[target]),
-            history_of=torch.from_numpy(np.repeat(np.arange(len(chosen)), np.diff(offsets))),
+            place=torch.from_numpy(np.flatnonzero(shown)),
             recent=torch.from_numpy(row_of[recent]),
+            recent_kind=torch.from_numpy(replay.behavior_kind[recent_places] * recent_real),
             label=torch.from_numpy(replay.impressions.labels[rows].astype(np.float32)),
             rows=rows,
         )
+
+
+def _turns(replay: Replay) -> tuple[Ints, Ints, Ints]:
+    """Cut each history's impressions into turns: return whose turn it is, and the rows that it reads."""
+    counts = -(-np.diff(replay.impression_offsets) // _MAX_TARGETS)
+    history = np.repeat(np.arange(len(counts)), counts)
+    turn = np.arange(len(history)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = replay.impression_offsets[history] + turn * _MAX_TARGETS
+    return history, begin, np.minimum(begin + _MAX_TARGETS, replay.impression_offsets[history + 1])
+
+
+def _order(lengths: Ints, size: int, rng: np.random.Generator | None) -> list[Ints]:
+    """Return which turns make up each batch: of similar length, and in training in an order that is drawn."""
+    if rng is None:
+        order = np.argsort(lengths, kind="stable")
+        return np.split(order, range(size, len(order), size))
+    order = rng.permutation(len(lengths))
+    for first in range(0, len(order), _SORTED_BATCHES * size):
+        part = order[first : first + _SORTED_BATCHES * size]
+        order[first : first + _SORTED_BATCHES * size] = part[np.argsort(lengths[part], kind="stable")]
+    made = np.split(order, range(size, len(order), size))
+    return [made[place] for place in rng.permutation(len(made))]
+
+
+def _padded(begin: Ints, end: Ints, width: int | None = None) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Return the rows of each range [begin, end) side by side, and which of them are real; others are row 0."""
+    column = np.arange((end - begin).max(initial=0) if width is None else width)
+    places = begin[:, None] + column
+    real = places < end[:, None]
+    return np.where(real, places, 0), real
 
 
 def _distinct(vocabulary_size: int, *indices: Ints) -> tuple[Ints, Ints]:
@@ -179,43 +262,79 @@ def _distinct(vocabulary_size: int, *indices: Ints) -> tuple[Ints, Ints]:
     return np.flatnonzero(present), np.cumsum(present) - 1
 
 
-def _recent(replay: Replay, rows: Ints) -> Ints:
-    place = replay.recent_begin[rows, None] + np.arange(replay.recent_length)
-    real = place < replay.recent_end[rows, None]
-    return np.where(real, replay.behavior_index[np.where(real, place, 0)], PADDING)
+# --- the model on a batch ----------------------------------------------------------------------------------
 
 
-def read_batch(items: Items, reader: Reader, batch: Batch, pooling: str) -> Reading:
-    """Run the model on a batch as serving would: pool the interests once a history, then let each target read.
+def read_batch(items: Catalog, reader: Reader, batch: Batch) -> tuple[Float[Tensor, " B"], Float[Tensor, ""]]:
+    """Run the model on a batch as serving would: each history is summarised once, then its targets read it.
 
     Args:
         items: e and h of `batch.items`.
         reader: the model.
         batch: histories and impressions.
-        pooling: how a cluster's value is made, as in `ModelConfig.pooling`.
+
+    Returns:
+        The logit of each impression, and the auxiliary loss of the model of long-term interest.
     """
-    interests = pool_interests(
-        F.embedding(batch.behavior, items.embedding),
-        F.embedding(batch.behavior, items.key),
-        batch.segment,
-        len(batch.history_offsets) - 1,
-        batch.num_clusters,
-        reader.scale,
-        pooling == "relevance",
+    history = history_of(items, batch, reader.scale)
+    mask = batch.recent != PADDING
+    recent = Recent(
+        _embedding(items, batch.recent, batch.recent_kind, mask), F.embedding(batch.recent, items.key), mask
     )
-    reading: Reading = reader(interests, items, batch.history_of, batch.recent, batch.target)
-    return reading
+    user = reader.summarise(history)
+    logit: Tensor = reader(user, recent, targets_of(items, batch), batch.place)
+    return logit, reader.long_term.auxiliary_loss(user.long_term, history)
 
 
-def predict(
-    table: Items, reader: Reader, replay: Replay, pooling: str, clustering: ClusteringConfig
-) -> npt.NDArray[np.float32]:
-    """Return the probability of each impression of the replay, [I]; `table` holds the whole vocabulary."""
+def history_of(items: Catalog, batch: Batch, scale: Tensor) -> History:
+    """Return the histories of a batch as a model of long-term interest sees them."""
+    mask = batch.history != PADDING
+    return History(
+        _embedding(items, batch.history, batch.kind, mask),
+        F.embedding(batch.history, items.key),
+        mask,
+        batch.items[batch.history],
+        items.category[batch.history],
+        batch.kind,
+        batch.age,
+        batch.cluster,
+        scale,
+    )
+
+
+def targets_of(items: Catalog, batch: Batch) -> Target:
+    """Return the targets of a batch as a model of long-term interest sees them."""
+    embedding, key = F.embedding(batch.target, items.embedding), F.embedding(batch.target, items.key)
+    return Target(embedding, key, batch.items[batch.target], items.category[batch.target])
+
+
+def _embedding(
+    items: Catalog, row: Int64[Tensor, "*shape"], kind: Int64[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
+) -> Float[Tensor, "*shape D"]:
+    embedding = F.embedding(row, items.embedding)
+    return embedding if len(items.kind) == 1 else embedding + F.embedding(kind, items.kind) * mask[..., None]
+
+
+def of_batch(table: Catalog, batch: Batch) -> Catalog:
+    """Return the rows of the whole vocabulary that a batch speaks of."""
+    items = batch.items
+    return Catalog(table.embedding[items], table.key[items], table.category[items], table.kind)
+
+
+def predict(table: Catalog, reader: Reader, replay: Replay, offline: Offline | None = None) -> npt.NDArray[np.float32]:
+    """Return the probability of each impression of the replay, [I].
+
+    Args:
+        table: the whole vocabulary.
+        reader: the model.
+        replay: impressions and histories.
+        offline: the offline stage, where the reader's own has none.
+    """
     reader.eval()
     probabilities = np.zeros(len(replay.impressions), np.float32)
     with torch.no_grad():
-        labels = assign_clusters(replay, table.key.numpy(), clustering)
-        for batch in batches(replay, labels, clustering.num_clusters, _HISTORIES_PER_BATCH):
-            items = Items(table.embedding[batch.items], table.key[batch.items])
-            probabilities[batch.rows] = torch.sigmoid(read_batch(items, reader, batch, pooling).logit).numpy()
+        labels = assign(replay, table, offline or reader.long_term.assign)
+        for batch in batches(replay, labels, _HISTORIES_PER_BATCH):
+            logit, _ = read_batch(of_batch(table, batch), reader, batch)
+            probabilities[batch.rows] = torch.sigmoid(logit).numpy()
     return probabilities

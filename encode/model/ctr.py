@@ -1,87 +1,158 @@
 """The CTR model: logit = MLP([v, recent-behavior attention, e_t, their products, user]).
 
-Read it top down: how a behavior becomes e and h, what a user is to the model, how a target reads the user.
+Read it top down: how a behavior becomes e and h, what a history is worth to a target, how a target reads the user.
 
-    B impressions or candidates   G users in the batch   K clusters   R recent behaviors
-    S items of the batch   V vocabulary   D embedding_dim   P projected_dim
+    B impressions or candidates   G users in the batch   T targets of a user   L behaviors of a history   K clusters
+    R recent behaviors   Q groups of impressions that share recent behaviors   S items of the batch   V vocabulary
+    C categories   D embedding_dim   P projected_dim
 """
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encode.config import ModelConfig
-from encode.model.reduction import random_projection
-from encode.model.relevance import Interests, attend
+from encode.model.long_term import Catalog, History, LongTerm, Read, Target
+from encode.model.reduction import principal_projection, random_projection
+from encode.model.relevance import Attention, Interests, attend, pool_interests
 from encode.schema import PADDING
-
-
-class Items(NamedTuple):
-    """The items that a batch speaks of, embedded once."""
-
-    embedding: Float[Tensor, "S D"]
-    key: Float[Tensor, "S P"]
-
-
-class Reading(NamedTuple):
-    """A target's reading of a user."""
-
-    logit: Float[Tensor, " B"]
-    interest_weights: Float[Tensor, "B K"]
-    """beta: the attention of the target over the user's interests."""
 
 
 class Tables(nn.Module):
     """Embeddings e and keys h of every item of the vocabulary."""
 
-    def __init__(self, config: ModelConfig, item_category: Int64[Tensor, " V"], num_categories: int) -> None:
+    def __init__(
+        self, config: ModelConfig, item_category: Int64[Tensor, " V"], num_categories: int, num_kinds: int = 1
+    ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.item = nn.Embedding(len(item_category), config.embedding_dim - config.category_dim, PADDING)
-        self.category = nn.Embedding(num_categories, config.category_dim, PADDING)
-        for table in (self.item, self.category):
-            nn.init.normal_(table.weight, std=config.initial_std)
-            with torch.no_grad():
-                table.weight[PADDING] = 0
+        self.reduction = config.reduction
+        self.item = nn.Embedding(len(item_category), config.embedding_dim - config.category_dim, PADDING, sparse=True)
+        self.category = nn.Embedding(num_categories, config.category_dim, PADDING, sparse=True)
+        self.kind = nn.Embedding(num_kinds, config.embedding_dim) if num_kinds > 1 else None
+        for table in (self.item, self.category, self.kind):
+            if table is not None:
+                nn.init.normal_(table.weight, std=config.initial_std)
+        with torch.no_grad():
+            self.item.weight[PADDING] = self.category.weight[PADDING] = 0
         self.item_category: Tensor
         self.register_buffer("item_category", item_category)
-        projection = random_projection(config.embedding_dim, config.projected_dim, generator)
+        generator = torch.Generator().manual_seed(0)
+        if config.reduction == "none":
+            projection = torch.eye(config.embedding_dim)
+        else:
+            projection = random_projection(config.embedding_dim, config.projected_dim, generator)
         self.projection = nn.Parameter(projection, requires_grad=config.reduction == "learned")
+
+    def by_id(self) -> list[Tensor]:
+        """Return the tables with a row an id, whose gradients hold the rows of a batch only."""
+        return [self.item.weight, self.category.weight]
 
     def embed(self, index: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         """Return e: the item's part and its category's part side by side."""
         return torch.cat([self.item(index), self.category(self.item_category[index])], -1)
 
-    def items(self, index: Int64[Tensor, " S"]) -> Items:
+    def items(self, index: Int64[Tensor, " S"]) -> Catalog:
         """Embed and project the items of a batch, or `all_items`."""
         embedding = self.embed(index)
-        return Items(embedding, self.project(embedding))
+        kind = embedding.new_zeros(1, embedding.shape[-1]) if self.kind is None else self.kind.weight
+        return Catalog(embedding, self.project(embedding), self.item_category[index], kind)
 
-    def all_items(self) -> Items:
+    def all_items(self) -> Catalog:
         """Embed and project the whole vocabulary, without gradients."""
         with torch.no_grad():
-            return self.items(torch.arange(len(self.item_category)))
+            found = self.items(torch.arange(len(self.item_category)))
+        return found._replace(kind=found.kind.detach())
 
     def project(self, embedding: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape P"]:
         """Return h = W_h^T e, of unit length (zero for padding)."""
         return F.normalize(embedding @ self.projection, dim=-1)
 
+    def follow(self, count: Float[Tensor, " V"]) -> None:
+        """Bring a projection that is not learned by gradients up to the embeddings of the moment: PCA.
 
-class Reader(nn.Module):
-    """How a target reads a user: the part of the model that is not the space."""
+        Args:
+            count: how often each item occurs, which is what it weighs.
+        """
+        if self.reduction == "pca":
+            with torch.no_grad():
+                self.projection.copy_(principal_projection(self.all_items().embedding, count, self.projection.shape[1]))
+
+
+class Encode(LongTerm):
+    """ENCODE: a user is K interests, and a target attends to them with the relevance that made them."""
+
+    num_scalars = 1
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.size_prior = config.size_prior
+        self.by_relevance = config.pooling == "relevance"
+
+    def summarise(self, history: History) -> Interests:
+        """Pool the clusters of each history: what `interests.extract` does offline, with gradients."""
+        num_users, num_clusters = len(history.mask), 1 + int(history.cluster.max()) if history.cluster.numel() else 1
+        first = num_clusters * torch.arange(num_users, device=history.mask.device)[:, None]
+        segment = (first + history.cluster)[history.mask]
+        return pool_interests(
+            history.embedding[history.mask],
+            history.key[history.mask],
+            segment,
+            num_users,
+            num_clusters,
+            history.scale,
+            self.by_relevance,
+        )
+
+    def profile(self, state: Interests, history: History | None = None) -> Float[Tensor, "G D"]:
+        """Return the mean of the interests by size: the stored state is all that serving has."""
+        share = state.size / state.size.sum(1, keepdim=True).clamp(min=1)
+        return (share[:, None] @ state.value).squeeze(1)
+
+    def attention(self, state: Interests, key: Float[Tensor, "G T P"]) -> Attention:
+        """Return what each target takes from the interests, and how much it attends to each."""
+        log_prior = self.size_prior * state.size.clamp(min=1).log()
+        return attend(key, state.center, state.value, log_prior, state.size > 0, state.scale)
+
+    def read(self, state: Interests, target: Target) -> Read:
+        """Return v = sum_k beta_k z_k and the affinity of the target to the interests as a whole."""
+        found = self.attention(state, target.key)
+        return Read(found.value[:, :, None], found.affinity[:, :, None])
+
+
+class User(NamedTuple):
+    """What is known of G users whatever the target."""
+
+    long_term: Any
+    """State of the model of long-term interest."""
+    profile: Float[Tensor, "G D"]
+    length: Float[Tensor, " G"]
+    """Behaviors of the history."""
+
+
+class Recent(NamedTuple):
+    """The last behaviors before each impression; all impressions share them where Q = 1."""
+
+    embedding: Float[Tensor, "Q R D"]
+    key: Float[Tensor, "Q R P"]
+    mask: Bool[Tensor, "Q R"]
+
+
+class Reader(nn.Module):
+    """How a target reads a user: the part of the model that is not the space."""
+
+    def __init__(self, config: ModelConfig, long_term: LongTerm) -> None:
+        super().__init__()
+        self.long_term = long_term
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.initial_scale)))
-        widths = [6 * config.embedding_dim + 3, *config.hidden_dims]
+        vectors = 4 + 2 * long_term.num_vectors
+        widths = [vectors * config.embedding_dim + long_term.num_scalars + 2, *config.hidden_dims]
         layers: list[nn.Module] = []
         for width, next_width in pairwise(widths):
             layers += [nn.Linear(width, next_width), nn.ReLU(), nn.Dropout(config.dropout)]
@@ -92,47 +163,40 @@ class Reader(nn.Module):
         """The scale of the relevance, positive."""
         return self.log_scale.exp()
 
+    def summarise(self, history: History) -> User:
+        """Return what is known of the users whatever the target."""
+        state = self.long_term.summarise(history)
+        return User(state, self.long_term.profile(state, history), history.mask.sum(1).to(history.embedding.dtype))
+
     def forward(
-        self,
-        interests: Interests,
-        items: Items,
-        user_of: Int64[Tensor, " B"],
-        recent: Int64[Tensor, "B R"],
-        target: Int64[Tensor, " B"],
-    ) -> Reading:
-        """Score targets against their users.
+        self, user: User, recent: Recent, target: Target, place: Int64[Tensor, " B"] | None = None
+    ) -> Float[Tensor, " B"]:
+        """Return the logit of each impression.
 
         Args:
-            interests: of the G users of the batch.
-            items: row 0 is padding; all that `recent` and `target` point into.
-            user_of: the user of each target.
-            recent: last behaviors before each impression as rows of `items`, 0 where there are fewer than R.
-            target: rows of `items`.
+            user: of the G users of the batch.
+            recent: last behaviors strictly before each impression; a row each, or one row for all.
+            target: of each user, padded.
+            place: impressions among the G T targets, one user after the other; None takes all of them.
         """
-        num_clusters = interests.size.shape[1]
-        key, embedding = F.embedding(target, items.key), F.embedding(target, items.embedding)
-        size = interests.size[user_of]
-        long_term = attend(
-            key,
-            interests.center.flatten(0, 1),
-            interests.value.flatten(0, 1),
-            user_of[:, None] * num_clusters + torch.arange(num_clusters),
-            self.size_prior * size.clamp(min=1).log(),
-            size > 0,
-            self.scale,
-        )
-        none = torch.zeros_like(recent, dtype=key.dtype)
-        short_term = attend(key, items.key, items.embedding, recent, none, recent != PADDING, self.scale)
-        length = interests.size.sum(1)
-        share = interests.size / length.clamp(min=1)[:, None]
-        user = torch.einsum("gk,gkd->gd", share, interests.value)[user_of]
+        read = self.long_term.read(user.long_term, target)
+        chosen = torch.arange(target.item.numel(), device=target.item.device) if place is None else place
+        user_of = chosen // target.item.shape[1]
+        vectors, scalars = read.vectors.flatten(0, 1)[chosen], read.scalars.flatten(0, 1)[chosen]
+        embedding, key = target.embedding.flatten(0, 1)[chosen], target.key.flatten(0, 1)[chosen]
+        none = torch.zeros_like(recent.mask, dtype=key.dtype)
+        query = key.view(len(recent.mask), -1, key.shape[1])
+        short = attend(query, recent.key, recent.embedding, none, recent.mask, self.scale)
+        short_term = short.value.reshape(embedding.shape)
         features = [
-            long_term.value,
-            short_term.value,
+            vectors.flatten(1),
+            short_term,
             embedding,
-            long_term.value * embedding,
-            short_term.value * embedding,
-            user,
-            torch.stack([long_term.affinity, short_term.affinity, length.log1p()[user_of]], 1),
+            (vectors * embedding[:, None]).flatten(1),
+            short_term * embedding,
+            user.profile[user_of],
+            scalars,
+            torch.stack([short.affinity.flatten(), user.length.log1p()[user_of]], 1),
         ]
-        return Reading(self.mlp(torch.cat(features, 1)).squeeze(1), long_term.weights)
+        logit: Tensor = self.mlp(torch.cat(features, 1)).squeeze(1)
+        return logit

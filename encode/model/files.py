@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from encode.config import ModelConfig, Section
 from encode.errors import ArtifactError
-from encode.model.ctr import Items, Reader, Reading
+from encode.model.ctr import Encode, Reader, Recent, User
+from encode.model.long_term import Catalog, Target
 from encode.model.relevance import Interests
-from encode.schema import canonical_json, digest
+from encode.schema import PADDING, canonical_json, digest
 
 MODEL_FILES = ("model.json", "reader.safetensors", "mirror.safetensors")
 MIRROR_TOLERANCE = 1e-5
@@ -55,7 +57,15 @@ class UserState:
     """Vocabulary index of the last behaviors, oldest first, padded with 0 at the end."""
 
 
-def read_user(reader: Reader, table: Items, user: UserState, target: Int64[Tensor, " B"]) -> Reading:
+class Reading(NamedTuple):
+    """What the candidates of one user get."""
+
+    logit: Float[Tensor, " B"]
+    interest_weights: Float[Tensor, "B K"]
+    """beta: the attention of each candidate over the user's interests."""
+
+
+def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]) -> Reading:
     """Let candidates read one user: O(K (P + D)) each, whatever the length of the history.
 
     Args:
@@ -64,15 +74,26 @@ def read_user(reader: Reader, table: Items, user: UserState, target: Int64[Tenso
         user: whom to score for.
         target: vocabulary index of each candidate.
     """
+    encode = cast(Encode, reader.long_term)
     with torch.no_grad():
-        user_of = torch.zeros_like(target)
-        recent: Tensor = user.recent.expand(len(target), -1)
-        reading: Reading = reader(user.interests, table, user_of, recent, target)
-        return reading
+        size = user.interests.size
+        known = User(user.interests, encode.profile(user.interests), size.sum(1))
+        recent = Recent(
+            table.embedding[user.recent][None], table.key[user.recent][None], (user.recent != PADDING)[None]
+        )
+        rows = Target(
+            table.embedding[target][None], table.key[target][None], target[None], table.category[target][None]
+        )
+        return Reading(reader(known, recent, rows), encode.attention(user.interests, rows.key).weights[0])
 
 
 def model_files(
-    card: ModelCard, reader: Reader, table: Items, users: list[UserState], targets: Int64[Tensor, "U T"], report: object
+    card: ModelCard,
+    reader: Reader,
+    table: Catalog,
+    users: list[UserState],
+    targets: Int64[Tensor, "U T"],
+    report: object,
 ) -> dict[str, bytes]:
     """Return the files of a model; `users` and `targets` become its mirror test."""
     reader.eval()
@@ -111,7 +132,7 @@ def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reade
     """
     try:
         card = ModelCard.model_validate_json(files["model.json"])
-        reader = Reader(card.model)
+        reader = Reader(card.model, Encode(card.model))
         weights = {name: torch.from_numpy(value) for name, value in load(files["reader.safetensors"]).items()}
         reader.load_state_dict(weights)
     except (KeyError, ValidationError, SafetensorError, RuntimeError) as error:
@@ -119,7 +140,7 @@ def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reade
     return card, reader.eval()
 
 
-def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Items, where: str) -> None:
+def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, where: str) -> None:
     """Score the mirror test's users again and compare with what training wrote down.
 
     Raises:
@@ -131,7 +152,7 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Items, where
         worst = 0.0
         for place in range(len(mirror["target"])):
             one = slice(place, place + 1)
-            interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one])
+            interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one], reader.scale)
             reading = read_user(reader, table, UserState(interests, mirror["recent"][place]), mirror["target"][place])
             off = (torch.sigmoid(reading.logit) - mirror["probability"][place]).abs().max()
             worst = max(worst, float(off.nan_to_num(nan=1.0)))
@@ -145,10 +166,14 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Items, where
 
 
 def user_state(
-    center: Float[Tensor, "K P"], value: Float[Tensor, "K D"], size: Float[Tensor, " K"], recent: npt.NDArray[np.int64]
+    center: Float[Tensor, "K P"],
+    value: Float[Tensor, "K D"],
+    size: Float[Tensor, " K"],
+    scale: float,
+    recent: npt.NDArray[np.int64],
 ) -> UserState:
     """Make a user's state from the user's own interests and recent behaviors (vocabulary index, padded)."""
-    return UserState(Interests(center[None], value[None], size[None]), torch.from_numpy(recent))
+    return UserState(Interests(center[None], value[None], size[None], torch.tensor(scale)), torch.from_numpy(recent))
 
 
 def _save(tensors: Mapping[str, Tensor]) -> bytes:

@@ -22,23 +22,32 @@ def random_projection(embedding_dim: int, projected_dim: int, generator: torch.G
     return projection
 
 
-def draw_triplets(
-    offsets: Int64[Tensor, " U_plus_1"], num_triplets: int, generator: torch.Generator
-) -> Int64[Tensor, "T 3"]:
-    """Draw positions (anchor, other, another) uniformly from the history of one user each.
+def principal_projection(
+    embedding: Float[Tensor, "V D"], count: Float[Tensor, " V"], projected_dim: int
+) -> Float[Tensor, "D P"]:
+    """Return the P directions along which the embeddings vary most, items weighted by how often they occur.
+
+    Embeddings are not centered: relevance is a cosine, which shifting would change.
+    """
+    moment = embedding.T @ (embedding * (count / count.sum().clamp(min=1))[:, None])
+    directions: Tensor = torch.linalg.eigh(moment).eigenvectors[:, -projected_dim:]
+    return directions.flip(1)
+
+
+def draw_triplets(lengths: Int64[Tensor, " U"], num_triplets: int, generator: torch.Generator) -> Int64[Tensor, "T 4"]:
+    """Draw (user, anchor, other, another), the last three uniformly from the places of that user's history.
 
     Args:
-        offsets: start of each user's behaviors, then the end of the last.
+        lengths: number of behaviors of each user.
         num_triplets: T at most: users with fewer than 3 behaviors give none.
         generator: drawn anew at every update, from one seeded stream.
     """
-    lengths = offsets.diff()
     users = torch.nonzero(lengths >= 3).squeeze(1)
     if len(users) == 0:
-        return offsets.new_zeros(0, 3)
+        return lengths.new_zeros(0, 4)
     user = users[torch.randint(len(users), (num_triplets,), generator=generator)]
     place = (torch.rand(num_triplets, 3, generator=generator) * lengths[user, None]).long()
-    return offsets[user, None] + place
+    return torch.cat([user[:, None], place], 1)
 
 
 def dynamic_triplet_loss(

@@ -3,8 +3,8 @@
 ENCODE's point (arXiv 2508.13567, R2) is that training, reduction, clustering, pooling and serving agree on what
 "relevant" means. Each of them calls `relevance`; none has a metric of its own.
 
-    B impressions or candidates   M slots that one of them attends to (interests or recent behaviors)
-    S rows that slots point into   N behaviors   G users   K clusters a user   D embedding_dim   P projected_dim
+    G groups: users, or single impressions   T targets of each   M slots that they attend to: interests or behaviors
+    N behaviors   K clusters a user   D embedding_dim   P projected_dim
 """
 
 from __future__ import annotations
@@ -27,25 +27,31 @@ def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale:
     return scale * (query * key).sum(-1)
 
 
+def relevance_of_all(
+    query: Float[Tensor, "G T P"], keys: Float[Tensor, "G M P"], scale: Tensor
+) -> Float[Tensor, "G T M"]:
+    """Return `relevance` of every pair of a group as one product of matrices."""
+    return (scale * query) @ keys.transpose(1, 2)
+
+
 class Attention(NamedTuple):
     """What a target takes from the slots it attends to."""
 
-    value: Float[Tensor, "B D"]
+    value: Float[Tensor, "G T D"]
     """sum_m beta_m z_m; zero where every slot is masked."""
-    affinity: Float[Tensor, " B"]
+    affinity: Float[Tensor, "G T"]
     """log sum_m exp(rho + prior), less the log of the total prior mass: how relevant the slots are as a whole.
     Softmax alone forgets it. 0 where every slot is masked. Ours, not the paper's."""
-    weights: Float[Tensor, "B M"]
+    weights: Float[Tensor, "G T M"]
     """beta: softmax over the slots."""
 
 
 def attend(
-    query: Float[Tensor, "B P"],
-    keys: Float[Tensor, "S P"],
-    values: Float[Tensor, "S D"],
-    slots: Int64[Tensor, "B M"],
-    log_prior: Float[Tensor, "B M"],
-    mask: Bool[Tensor, "B M"],
+    query: Float[Tensor, "G T P"],
+    keys: Float[Tensor, "G M P"],
+    values: Float[Tensor, "G M D"],
+    log_prior: Float[Tensor, "G M"],
+    mask: Bool[Tensor, "G M"],
     scale: Tensor,
 ) -> Attention:
     """Return v = sum_m beta_m z_m with beta = softmax_m(rho(h_t, c_m) + prior_m), arXiv 2508.13567, online stage.
@@ -57,21 +63,19 @@ def attend(
 
     Args:
         query: unit vectors h_t.
-        keys: unit vectors that slots point into.
-        values: embeddings, in step with `keys`.
-        slots: which rows of `keys` and `values` each query attends to; any row where masked.
+        keys: unit vectors.
+        values: embeddings, in step with `keys`; finite where masked.
         log_prior: log weight of a slot in nats; 0 for none.
         mask: True where a slot is real.
         scale: of the relevance.
     """
-    real = mask.any(1)
-    lowest = torch.finfo(query.dtype).min
-    logits = (relevance(query[:, None, :], F.embedding(slots, keys), scale) + log_prior).masked_fill(~mask, lowest)
-    weights = F.softmax(logits, 1) * mask
-    value = F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
-    mass = torch.logsumexp(log_prior.masked_fill(~mask, lowest), 1)
-    affinity = torch.where(real, torch.logsumexp(logits, 1) - mass, torch.zeros_like(mass))
-    return Attention(value, affinity, weights)
+    # The lowest number rather than -inf: a group without any slot gives zeros then, and finite gradients.
+    prior = log_prior.masked_fill(~mask, torch.finfo(query.dtype).min)
+    logits = relevance_of_all(query, keys, scale) + prior[:, None]
+    weights = F.softmax(logits, 2) * mask[:, None]
+    mass = torch.logsumexp(prior, 1)[:, None]
+    affinity = (torch.logsumexp(logits, 2) - mass).where(mask.any(1)[:, None], 0)
+    return Attention(weights @ values, affinity, weights)
 
 
 class Interests(NamedTuple):
@@ -83,6 +87,8 @@ class Interests(NamedTuple):
     """z_k: pooled embeddings of the cluster's behaviors; zero where it is empty."""
     size: Float[Tensor, "G K"]
     """n_k: behaviors in the cluster."""
+    scale: Float[Tensor, ""]
+    """Of the relevance by which they were pooled and are attended to."""
 
 
 def pool_interests(
@@ -120,4 +126,4 @@ def pool_interests(
     value = embedding.new_zeros(total, embedding.shape[1]).index_add(0, segment, embedding * share[:, None])
     shape = (num_users, num_clusters)
     # Not -1: with no users it would be ambiguous.
-    return Interests(center.view(*shape, key.shape[1]), value.view(*shape, embedding.shape[1]), size.view(shape))
+    return Interests(center.view(*shape, key.shape[1]), value.view(*shape, embedding.shape[1]), size.view(shape), scale)

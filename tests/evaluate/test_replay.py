@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from encode.config import ClusteringConfig, ModelConfig, TrainingConfig
 from encode.data.histories import Histories, to_histories
-from encode.data.impressions import Impressions, draw_impressions, split_days
+from encode.data.impressions import Impressions, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary
 from encode.errors import DataError
 from encode.evaluate import replay as replays
-from encode.evaluate.replay import assign_clusters, batches, make_replay, predict
+from encode.evaluate.replay import assign, batches, make_replay, predict
+from encode.interests.clustered import Clustered
 from encode.model.ctr import Reader, Tables
 from encode.schema import BEHAVIORS, PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_of, day_start
 
@@ -56,7 +57,7 @@ def model():
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
     with torch.no_grad():
         tables.item.weight[1:] *= 20
-    return tables.all_items(), Reader(MODEL).eval()
+    return tables.all_items(), Reader(MODEL, Clustered(MODEL, CLUSTERING)).eval()
 
 
 def show(user, item, timestamp):
@@ -66,11 +67,12 @@ def show(user, item, timestamp):
 
 
 def replay_of(histories, impressions, days=DAYS):
-    return make_replay(histories, impressions, days, VOCABULARY, SNAPSHOT_DAYS, MODEL.recent_length)
+    as_of = snapshot_times(impressions, days, SNAPSHOT_DAYS)
+    return make_replay(histories, impressions, as_of, VOCABULARY, MODEL.recent_length)
 
 
 def scores(model, histories, impressions, days=DAYS):
-    return predict(*model, replay_of(histories, impressions, days), "relevance", CLUSTERING)
+    return predict(*model, replay_of(histories, impressions, days))
 
 
 def snapshot_start(timestamp, days=DAYS):
@@ -137,13 +139,14 @@ def test_interests_hold_nothing_from_the_snapshot_day_on(model):
     def interests(of):
         """Multiset of (vocabulary index, cluster) that stands behind each impression."""
         replay = replay_of(of, impressions)
-        labels = assign_clusters(replay, model[0].key.numpy(), CLUSTERING)
+        labels = assign(replay, model[0], model[1].long_term.assign)
         found = {}
-        for batch in batches(replay, labels, CLUSTERING.num_clusters, 3):
-            index, cluster_of = batch.items[batch.behavior].numpy(), batch.segment.numpy() % CLUSTERING.num_clusters
-            for place, row in enumerate(batch.rows):
-                mine = slice(*batch.history_offsets[batch.history_of[place] :][:2].tolist())
-                found[row] = list(zip(index[mine].tolist(), cluster_of[mine].tolist(), strict=True))
+        for batch in batches(replay, labels, 3):
+            index = batch.items[batch.history].tolist()
+            for place, row in zip(batch.place.tolist(), batch.rows, strict=True):
+                mine = place // batch.target.shape[1]
+                pairs = zip(index[mine], batch.cluster[mine].tolist(), strict=True)
+                found[row] = [pair for pair in pairs if pair[0] != PADDING]
         return found
 
     before = interests(histories)
@@ -162,11 +165,12 @@ def test_histories_and_recent_branch_are_the_plain_loop(model, seed):
     impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
     replay = replay_of(histories, impressions)
     index = VOCABULARY.index(histories.item_ids, histories.category_ids)
-    labels = assign_clusters(replay, model[0].key.numpy(), CLUSTERING)
+    labels = assign(replay, model[0], model[1].long_term.assign)
     seen, ties = [], 0
-    for batch in batches(replay, labels, CLUSTERING.num_clusters, 3):
+    for batch in batches(replay, labels, 3):
         items = batch.items.numpy()
         assert items[0] == PADDING
+        assert (items[batch.target.flatten()[batch.place]] != PADDING).all()
         for place, row in enumerate(batch.rows):
             seen.append(row)
             user, at = impressions.user[row], impressions.timestamps[row]
@@ -174,10 +178,12 @@ def test_histories_and_recent_branch_are_the_plain_loop(model, seed):
             past = [index[i] for i in own if histories.timestamps[i] < at]
             ties += sum(histories.timestamps[i] == at for i in own)
             long = [index[i] for i in own if histories.timestamps[i] < snapshot_start(at)]
-            mine = slice(*batch.history_offsets[batch.history_of[place] :][:2].tolist())
-            assert items[batch.behavior[mine]].tolist() == long
+            mine, width = divmod(int(batch.place[place]), batch.target.shape[1])[0], batch.history.shape[1]
+            assert items[batch.history[mine]].tolist() == long + [PADDING] * (width - len(long))
+            ages = [(snapshot_start(at) - t) / SECONDS_PER_DAY for t in histories.timestamps[own][: len(long)]]
+            assert batch.age[mine].tolist() == pytest.approx(ages + [0] * (width - len(long)))
             assert items[batch.recent[place]].tolist() == (past[-5:] + [PADDING] * 5)[:5]
-            assert items[batch.target[place]] == replay.target_index[row]
+            assert items[batch.target.flatten()[batch.place[place]]] == replay.target_index[row]
             assert batch.label[place] == impressions.labels[row]
             assert replay.history_lengths()[row] == len(long)
     assert sorted(seen) == list(range(len(impressions)))
@@ -224,13 +230,13 @@ def test_shuffled_batches_hold_the_same(model):
     histories = draw_histories(0)
     impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
     replay = replay_of(histories, impressions)
-    labels = assign_clusters(replay, model[0].key.numpy(), CLUSTERING)
+    labels = assign(replay, model[0], model[1].long_term.assign)
     found = np.zeros(len(impressions))
     order = []
-    for batch in batches(replay, labels, CLUSTERING.num_clusters, 4, np.random.default_rng(0)):
-        items = type(model[0])(*(table[batch.items] for table in model[0]))
+    for batch in batches(replay, labels, 4, np.random.default_rng(0)):
         with torch.no_grad():
-            found[batch.rows] = torch.sigmoid(replays.read_batch(items, model[1], batch, "relevance").logit)
+            logit, _ = replays.read_batch(replays.of_batch(model[0], batch), model[1], batch)
+        found[batch.rows] = torch.sigmoid(logit)
         order += batch.rows.tolist()
     assert order != sorted(order)
     np.testing.assert_allclose(found, scores(model, histories, impressions), atol=1e-6)
@@ -242,10 +248,13 @@ def test_a_share_of_the_training_targets_is_made_unknown(model, share, expected)
     histories = draw_histories(0, num_rows=2000)
     impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
     replay = replay_of(histories, impressions)
-    labels = assign_clusters(replay, model[0].key.numpy(), CLUSTERING)
+    labels = assign(replay, model[0], model[1].long_term.assign)
 
     def unknown(rng):
-        made = [(batch.items[batch.target].numpy() == UNKNOWN) for batch in batches(replay, labels, 4, 4, rng, share)]
+        made = [
+            batch.items[batch.target.flatten()[batch.place]].numpy() == UNKNOWN
+            for batch in batches(replay, labels, 4, rng, share)
+        ]
         return np.concatenate(made).mean()
 
     assert unknown(np.random.default_rng(0)) == pytest.approx(expected, abs=0.05)
@@ -276,6 +285,29 @@ def test_the_history_matters(model):
     for kept in (histories.timestamps >= day_start(START + timedelta(days=5)), histories.timestamps < 0):
         off = np.abs(scores(model, spoil(histories, kept, 1), impressions) - scores(model, histories, impressions))
         assert (off > 1e-4).mean() > 0.5
+
+
+def test_a_history_with_many_impressions_is_read_in_turns(model, monkeypatch):
+    histories = draw_histories(0)
+    impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
+    before = scores(model, histories, impressions)
+    replay = replay_of(histories, impressions)
+    monkeypatch.setattr(replays, "_MAX_TARGETS", 7)
+    np.testing.assert_allclose(scores(model, histories, impressions), before, atol=1e-6)
+    assert np.diff(replay.impression_offsets).max() > 7
+    assert max(batch.target.shape[1] for batch in batches(replay, None)) == 7
+
+
+def test_counts_are_of_all_that_is_in_a_history():
+    """By hand: user 1 has three behaviors before the second snapshot, one of them before the first; user 2 has one."""
+    at = [day_start(date(2024, 3, day)) for day in (2, 12, 13)]
+    histories = histories_of([1, 1, 1, 2], [10, 10, 11, 12], [*at, at[0]])
+    noon = day_start(date(2024, 3, 16)) + 43_200
+    shown = show([0, 0, 1], [20, 20, 20], [day_start(DAYS.start) + 9, noon, noon])
+    counts = replay_of(histories, shown).counts()
+    index = VOCABULARY.index(np.array([10, 11, 12]))
+    assert counts[index].tolist() == [2, 1, 1]
+    assert counts.sum() == 4
 
 
 # --- impressions -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from encode.model.reduction import draw_triplets, dynamic_triplet_loss, random_projection
+from encode.model.reduction import draw_triplets, dynamic_triplet_loss, principal_projection, random_projection
 
 
 def at_angles(*degrees: float) -> torch.Tensor:
@@ -94,42 +94,59 @@ def test_a_random_projection_keeps_the_expected_squared_norm():
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(0, 50), st.integers(0, 2**32 - 1))
 @settings(deadline=None)
 def test_triplets_stay_inside_one_history(lengths, num_triplets, seed):
-    offsets = torch.tensor([0, *np.cumsum(lengths)])
-    found = draw_triplets(offsets, num_triplets, torch.Generator().manual_seed(seed))
+    found = draw_triplets(torch.tensor(lengths), num_triplets, torch.Generator().manual_seed(seed))
     if max(lengths) < 3:
-        assert found.shape == (0, 3)
+        assert found.shape == (0, 4)
         return
-    assert found.shape == (num_triplets, 3)
-    user = torch.searchsorted(offsets, found, right=True) - 1
-    assert (user == user[:, :1]).all()
-    assert all(lengths[u] >= 3 for u in user[:, 0].tolist())
+    assert found.shape == (num_triplets, 4)
+    for user, *places in found.tolist():
+        assert lengths[user] >= 3
+        assert all(0 <= place < lengths[user] for place in places)
 
 
 def test_triplets_reach_every_behavior():
-    found = draw_triplets(torch.tensor([0, 2, 7, 10]), 2000, torch.Generator().manual_seed(0))
-    assert found.unique().tolist() == list(range(2, 10))
+    found = draw_triplets(torch.tensor([2, 5, 3]), 2000, torch.Generator().manual_seed(0))
+    for column in (1, 2, 3):
+        reached = {(user, place) for user, place in found[:, [0, column]].tolist()}
+        assert reached == {(1, place) for place in range(5)} | {(2, place) for place in range(3)}
 
 
 def test_training_on_the_loss_alone_keeps_the_order_of_distances_better():
     """Behaviors whose variance lies in few of 24 dimensions, which a random projection to 4 cannot know."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(400, 24, generator=generator) * torch.tensor([3.0] * 4 + [0.7] * 20)
-    offsets = torch.arange(0, 401, 50)
+    embedding = torch.randn(8, 50, 24, generator=generator) * torch.tensor([3.0] * 4 + [0.7] * 20)
+    lengths = torch.full((8,), 50)
+
+    def drawn(num_triplets: int) -> torch.Tensor:
+        triplets = draw_triplets(lengths, num_triplets, generator)
+        return embedding[triplets[:, :1], triplets[:, 1:]]
+
     projection = random_projection(24, 4, generator).requires_grad_()
-    held_out = draw_triplets(offsets, 4000, generator)
+    held_out = drawn(4000)
 
     def agreement() -> float:
-        e, h = embedding[held_out], (embedding @ projection.detach())[held_out]
+        e, h = held_out, held_out @ projection.detach()
         gaps = [(F.cosine_similarity(x[:, 0], x[:, 1]) - F.cosine_similarity(x[:, 0], x[:, 2])).sign() for x in (e, h)]
         return (gaps[0] == gaps[1]).float().mean().item()
 
     start = agreement()
     optimizer = torch.optim.Adam([projection], lr=0.02)
     for _ in range(200):
-        triplets = draw_triplets(offsets, 256, generator)
-        loss = dynamic_triplet_loss(embedding[triplets], embedding[triplets] @ projection, 0.5, "dynamic")
+        triplets = drawn(256)
+        loss = dynamic_triplet_loss(triplets, triplets @ projection, 0.5, "dynamic")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert start < 0.85
     assert agreement() > start + 0.05
+
+
+def test_principal_projection_keeps_what_varies_most():
+    """Against numpy's SVD of the embeddings as often as they occur, up to signs."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(30, 6, generator=generator) * torch.tensor([5.0, 1, 3, 0.1, 2, 0.5])
+    count = torch.randint(0, 9, (30,), generator=generator)
+    found = principal_projection(embedding, count.float(), 3)
+    repeated = embedding.repeat_interleave(count, 0).numpy()
+    expected = np.linalg.svd(repeated, full_matrices=False)[2][:3].T
+    np.testing.assert_allclose(np.abs(found.numpy()), np.abs(expected), atol=1e-4)

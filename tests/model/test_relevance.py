@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
-from encode.model.relevance import Interests, attend, pool_interests, relevance
+from encode.model.relevance import Interests, attend, pool_interests, relevance, relevance_of_all
 
 D, P = 6, 4
 seeds = st.integers(0, 2**32 - 1)
@@ -28,19 +28,22 @@ def full_attention(query, keys, values, scale):
     return F.softmax(scale * query @ keys.T, 1) @ values
 
 
-def over_interests(query, interests: Interests, scale, size_prior=1.0):
-    """Attention of each query over the interests of the only user."""
-    size = interests.size[0].expand(len(query), -1)
-    slots = torch.arange(size.shape[1]).expand(len(query), -1)
-    prior = size_prior * size.clamp(min=1).log()
-    return attend(
-        query, interests.center[0], interests.value[0], slots, prior, size > 0, torch.tensor(scale, dtype=query.dtype)
-    )
+def over_interests(query, interests: Interests, size_prior=1.0):
+    """Attention of each query, [T, P], over the interests of the only user: value [T, D]."""
+    prior = size_prior * interests.size.clamp(min=1).log()
+    return attend(query[None], interests.center, interests.value, prior, interests.size > 0, interests.scale).value[0]
 
 
 def test_relevance_is_the_scaled_cosine():
     found = relevance(torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[0.8, 0.6], [0.0, 1.0]]), torch.tensor(5.0))
     assert found.tolist() == pytest.approx([5 * 0.96, 0])
+
+
+def test_relevance_of_all_is_the_relevance_of_each_pair():
+    generator = torch.Generator().manual_seed(0)
+    query, keys, scale = unit(generator, 2, 3, P), unit(generator, 2, 5, P), torch.tensor(4.0)
+    expected = relevance(query[:, :, None], keys[:, None], scale)
+    torch.testing.assert_close(relevance_of_all(query, keys, scale), expected)
 
 
 @given(seeds, st.lists(st.integers(1, 200), min_size=1, max_size=12), st.floats(0.1, 20))
@@ -53,7 +56,7 @@ def test_size_prior_is_exact_when_the_keys_of_a_cluster_coincide(seed, sizes, sc
     for by_relevance in (True, False):
         interests = pool_interests(values, keys, label, 1, len(sizes), torch.tensor(scale), by_relevance)
         expected = full_attention(query, keys, values, scale)
-        torch.testing.assert_close(over_interests(query, interests, scale).value, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(over_interests(query, interests), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_the_size_prior_it_is_not_exact():
@@ -62,7 +65,7 @@ def test_without_the_size_prior_it_is_not_exact():
     keys, values = unit(generator, 2, P)[label], torch.randn(100, D, generator=generator)
     query = unit(generator, 7, P)
     interests = pool_interests(values, keys, label, 1, 2, torch.tensor(2.0), True)
-    off = over_interests(query, interests, 2.0, size_prior=0).value - full_attention(query, keys, values, 2.0)
+    off = over_interests(query, interests, size_prior=0) - full_attention(query, keys, values, 2.0)
     assert off.abs().max() > 0.1
 
 
@@ -104,7 +107,7 @@ def test_the_error_is_bounded_by_the_radius_of_the_clusters_whatever_the_length(
         assert moved <= scale * eps + 1e-9
         tilt = scale * eps**2 / 2 if by_relevance else 0.0
         bound = math.expm1(min(2 * scale * eps + tilt, 700)) * values.norm(dim=1).max().item()
-        error = (over_interests(query, interests, scale).value - exact).norm(dim=1).max().item()
+        error = (over_interests(query, interests) - exact).norm(dim=1).max().item()
         assert error <= bound + 1e-9
 
 
@@ -118,7 +121,7 @@ def test_the_error_does_not_grow_with_the_length(length):
     values = torch.randn(length, D, generator=generator)
     query = unit(generator, 16, P)
     interests = pool_interests(values, keys, label, 1, 8, torch.tensor(4.0), False)
-    error = over_interests(query, interests, 4.0).value - full_attention(query, keys, values, 4.0)
+    error = over_interests(query, interests) - full_attention(query, keys, values, 4.0)
     assert (keys - interests.center[0][label]).norm(dim=1).max() < 0.06
     assert error.norm(dim=1).max() <= 0.28 * values.norm(dim=1).max()
 
@@ -133,7 +136,7 @@ def test_as_many_clusters_as_distinct_keys_is_full_attention(seed, length, disti
     segment = torch.from_numpy(labels.astype(np.int64))
     interests = pool_interests(values, keys, segment, 1, 12, torch.tensor(8.0), True)
     expected = full_attention(query, keys, values, 8.0)
-    torch.testing.assert_close(over_interests(query, interests, 8.0).value, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(over_interests(query, interests), expected, atol=1e-5, rtol=1e-5)
 
 
 # --- attend ------------------------------------------------------------------------------------------------
@@ -141,11 +144,11 @@ def test_as_many_clusters_as_distinct_keys_is_full_attention(seed, length, disti
 
 def test_attend_by_hand():
     """Two slots with rho = 2 ln 2 and 0, priors ln 1 and ln 4: weights 4 : 4, affinity ln(8 / 5)."""
-    keys, values = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[10.0], [20.0]])
+    keys, values = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[10.0], [20.0]]])
     prior = torch.tensor([[0.0, math.log(4)]])
     mask, scale = torch.ones(1, 2, dtype=torch.bool), torch.tensor(2 * math.log(2))
-    found = attend(torch.tensor([[1.0, 0.0]]), keys, values, torch.tensor([[0, 1]]), prior, mask, scale)
-    assert found.weights.tolist()[0] == pytest.approx([0.5, 0.5])
+    found = attend(torch.tensor([[[1.0, 0.0]]]), keys, values, prior, mask, scale)
+    assert found.weights.flatten().tolist() == pytest.approx([0.5, 0.5])
     assert found.value.item() == pytest.approx(15)
     assert found.affinity.item() == pytest.approx(math.log(8 / 5))
 
@@ -154,40 +157,38 @@ def test_attend_by_hand():
 @settings(deadline=None, max_examples=40)
 def test_padding_slots_change_nothing(seed, real, padding):
     generator = torch.Generator().manual_seed(seed)
-    keys, values = unit(generator, 9, P), torch.randn(9, D, generator=generator)
-    query, slots = unit(generator, 3, P), torch.randint(1, 9, (3, real), generator=generator)
-    prior, scale = torch.randn(3, real, generator=generator), torch.tensor(5.0)
-    alone = attend(query, keys, values, slots, prior, torch.ones_like(slots, dtype=torch.bool), scale)
-    keys[0], values[0] = 1e3, 1e6  # what masked slots point at
+    keys, values = unit(generator, 2, real, P), torch.randn(2, real, D, generator=generator)
+    query, prior = unit(generator, 2, 3, P), torch.randn(2, real, generator=generator)
+    mask, scale = torch.ones(2, real, dtype=torch.bool), torch.tensor(5.0)
+    alone = attend(query, keys, values, prior, mask, scale)
     padded = attend(
         query,
-        keys,
-        values,
-        F.pad(slots, (0, padding)),
+        F.pad(keys, (0, 0, 0, padding), value=1e3),
+        F.pad(values, (0, 0, 0, padding), value=1e6),
         F.pad(prior, (0, padding), value=50.0),
-        F.pad(torch.ones_like(slots, dtype=torch.bool), (0, padding)),
+        F.pad(mask, (0, padding)),
         scale,
     )
     torch.testing.assert_close(padded.value, alone.value, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(padded.affinity, alone.affinity, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(padded.weights[:, :real], alone.weights, atol=1e-6, rtol=1e-6)
-    assert (padded.weights[:, real:] == 0).all()
+    torch.testing.assert_close(padded.weights[:, :, :real], alone.weights, atol=1e-6, rtol=1e-6)
+    assert (padded.weights[:, :, real:] == 0).all()
 
 
 def test_all_masked_gives_zeros_and_finite_gradients():
     generator = torch.Generator().manual_seed(0)
-    leaves = [unit(generator, 2, P), unit(generator, 3, P), torch.randn(3, D, generator=generator), torch.tensor(8.0)]
-    query, keys, values, scale = (leaf.requires_grad_() for leaf in leaves)
+    leaves = [unit(generator, 2, 1, P), unit(generator, 2, 2, P), torch.randn(2, 2, D, generator=generator)]
+    query, keys, values, scale = (leaf.requires_grad_() for leaf in (*leaves, torch.tensor(8.0)))
     mask = torch.tensor([[False, False], [True, False]])
-    found = attend(query, keys, values, torch.tensor([[0, 1], [2, 0]]), torch.zeros(2, 2), mask, scale)
-    assert found.value[0].tolist() == [0] * D
+    found = attend(query, keys, values, torch.zeros(2, 2), mask, scale)
+    assert found.value[0].tolist() == [[0] * D]
     assert found.affinity[0] == 0
-    assert found.weights.tolist() == [[0, 0], [1, 0]]
+    assert found.weights.tolist() == [[[0, 0]], [[1, 0]]]
     (found.value.sum() + found.affinity.sum()).backward()
-    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
-    assert query.grad[0].tolist() == [0] * P
-    assert (values.grad[:2] == 0).all()
-    assert (values.grad[2] == 1).all()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in (query, keys, values, scale))
+    assert query.grad[0].tolist() == [[0] * P]
+    assert (values.grad[0] == 0).all()
+    assert (values.grad[1] == torch.tensor([[1.0], [0.0]])).all()
 
 
 # --- pooling -----------------------------------------------------------------------------------------------

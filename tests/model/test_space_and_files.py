@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
 from encode.errors import ArtifactError
-from encode.model.ctr import Reader, Tables
+from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import (
     MODEL_FILES,
     ModelCard,
@@ -49,7 +49,7 @@ def space_and_reader():
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
     with torch.no_grad():
         tables.item.weight[1:] *= 20
-    reader = Reader(MODEL).eval()
+    reader = Reader(MODEL, Encode(MODEL)).eval()
     return space_of(tables, reader, VOCABULARY, SETTINGS), reader
 
 
@@ -64,7 +64,9 @@ def files(space_and_reader):
     generator = torch.Generator().manual_seed(1)
     rows = torch.tensor([2, 4, 6])
     users = [
-        user_state(space.items.key[rows], space.items.embedding[rows], torch.tensor(size), np.array([6, 5, 0, 0]))
+        user_state(
+            space.items.key[rows], space.items.embedding[rows], torch.tensor(size), space.scale, np.array([6, 5, 0, 0])
+        )
         for size in ([3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0])
     ]
     card = ModelCard(
@@ -315,7 +317,11 @@ def test_a_candidate_is_scored_alone(space_and_reader):
     space, reader = space_and_reader
     rows = torch.tensor([2, 4, 6])
     user = user_state(
-        space.items.key[rows], space.items.embedding[rows], torch.tensor([5.0, 2, 1]), np.array([4, 5, 0, 0])
+        space.items.key[rows],
+        space.items.embedding[rows],
+        torch.tensor([5.0, 2, 1]),
+        space.scale,
+        np.array([4, 5, 0, 0]),
     )
     together = read_user(reader, space.items, user, torch.arange(1, 7))
     for place in range(6):

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 
 import httpx
 import numpy as np
@@ -22,15 +23,16 @@ from encode.data.histories import history_batch, to_histories
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
 from encode.evaluate.replay import make_replay, predict
+from encode.interests.clustered import cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file, write_space
-from encode.model.ctr import Reader, Tables
-from encode.model.files import ModelCard, model_digest, model_files
+from encode.model.ctr import Encode, Reader, Tables
+from encode.model.files import ModelCard, UserState, model_digest, model_files, read_user
 from encode.model.space import SpaceConfig, space_of
 from encode.outputs import write_output
 from encode.pointers import publish, read_pointer
 from encode.registry import Version
-from encode.schema import BEHAVIORS, SECONDS_PER_DAY, Window, day_start
+from encode.schema import BEHAVIORS, SECONDS_PER_DAY, day_start
 from encode.serving.app import MAX_CANDIDATES, create_app
 from encode.serving.bundle import Behavior, Bundle, load_bundle
 from encode.storage import open_storage
@@ -47,7 +49,7 @@ def make_model(seed):
     """A space and a model with weights large enough that a history shows, and the model's files."""
     torch.manual_seed(seed)
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
-    reader = Reader(MODEL).eval()
+    reader = Reader(MODEL, Encode(MODEL)).eval()
     with torch.no_grad():
         tables.item.weight[1:] *= 20
         tables.category.weight[1:] *= 20
@@ -88,7 +90,7 @@ def refresh(storage, as_of=AS_OF, space=SPACE):
     manifest = write_output(
         storage,
         f"{folder_of(space.id)}/{snapshot}",
-        {snapshot_file(0): snapshot_bytes(rows)},
+        {snapshot_file(0): snapshot_bytes(rows.schema, rows.to_batches())},
         kind="interests",
         fingerprint=str(as_of),
         config={"num_buckets": 1},
@@ -213,8 +215,8 @@ def test_serving_scores_as_replay_does(bundle):
     at[::10] = day_start(AS_OF)  # nothing since the snapshot
     at = at[np.lexsort((at, user))]
     shown = Impressions(user, item, 1 + item % 4, np.zeros(count, np.int8), at, np.ones(count, bool))
-    replay = make_replay(HISTORIES, shown, Window(AS_OF, END), VOCABULARY, 1, MODEL.recent_length)
-    expected = predict(SPACE.items, READER, replay, SETTINGS.pooling, SETTINGS.clustering)
+    replay = make_replay(HISTORIES, shown, np.full(count, day_start(AS_OF)), VOCABULARY, MODEL.recent_length)
+    expected = predict(SPACE.items, READER, replay, partial(cluster_histories, clustering=SETTINGS.clustering))
     found, since = [], []
     for place in range(count):
         rows = range(HISTORIES.offsets[user[place]], HISTORIES.offsets[user[place] + 1])
@@ -243,14 +245,8 @@ def test_recent_behaviors_count_as_if_they_had_been_in_the_history(client):
     state = state_of(client.app.state.follower.bundle.snapshot.find(1), SPACE)
     own = state.recent[state.recent != 0]
     both = torch.cat([own, torch.from_numpy(VOCABULARY.index(np.array([20, 33])))])[-MODEL.recent_length :]
-    with torch.no_grad():
-        reading = READER(
-            state.interests,
-            SPACE.items,
-            torch.zeros(3, dtype=torch.long),
-            both.expand(3, -1),
-            torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))),
-        )
+    user = UserState(state.interests, both)
+    reading = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
     assert changed == pytest.approx(torch.sigmoid(reading.logit).tolist(), abs=1e-6)
 
 

@@ -1,0 +1,1 @@
+"""The models that ENCODE is held against, one file each."""

@@ -1,0 +1,233 @@
+"""ENCODE with each of its parts exchangeable: one row of the ablation a switch.
+
+With its defaults a `Variant` is `interests.clustered.Clustered`, number for number.
+
+    G histories   L behaviors of the longest   T targets   K clusters   D embedding_dim   P projected_dim
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encode.config import ClusteringConfig
+from encode.interests.kmeans import cluster
+from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
+from encode.model.reduction import random_projection
+from encode.model.relevance import relevance_of_all
+from encode.schema import UNKNOWN
+
+
+class Moments(NamedTuple):
+    """State of `Variant`: K interests, with second moments where they are asked for."""
+
+    center: Float[Tensor, "G K P"]
+    value: Float[Tensor, "G K D"]
+    size: Float[Tensor, "G K"]
+    log_prior: Float[Tensor, "G K"]
+    scale: Float[Tensor, ""]
+    variance: Float[Tensor, "G K P"] | None
+    """Lambda_k: of the keys of a cluster, by coordinate."""
+    covariance: Float[Tensor, "G K P D"] | None
+    """Sigma_k: of keys and values of a cluster."""
+    remembered: Int64[Tensor, "G M"] | None
+    """Items that are kept by themselves, ascending; the largest int64 where there are fewer."""
+    times: Int64[Tensor, "G M"] | None
+    """How often each of them occurs in the history."""
+
+
+class Variant(LongTerm):
+    """ENCODE (arXiv 2508.13567), and what could be had instead of each of its parts.
+
+    beta_k = softmax_k(rho(h_t, c_k) + log prior_k [+ s^2 h_t^T Lambda_k h_t / 2]), v = sum_k beta_k z_k, where z_k may
+    become z_k + s Sigma_k^T h_t. With second moments the attention is exact in expectation for clusters that are
+    Gaussian (s is the scale of the relevance): sum_i exp(s q.k_i) = n exp(s q.mu + s^2 q^T Lambda q / 2).
+
+    Args:
+        sizes: of the backbone.
+        num_clusters: K.
+        grouping: k-means; or K equal chunks of time, the K - 1 most frequent categories and the others, or chance.
+        metric: what k-means compares: the keys that targets attend by, the embeddings themselves, or a random
+            projection of them. Anything but `key` parts offline from online (method R2).
+        pooling: how a cluster's value is made.
+        center: mean direction of the cluster's keys, or their mean, which is shorter the wider the cluster is.
+        size_prior: eta, weight of log n_k.
+        decay: lambda a day: n_k becomes sum_i exp(-lambda age_i).
+        moments: second moments: none, of keys, or of keys and with values.
+        sharpness: of soft assignment, where behavior i counts for cluster k with softmax_k(sharpness rho(c_k, h_i));
+            None is hard.
+        affinity: whether the MLP gets the affinity to the interests as a whole.
+        remembered: M, items of a user, the most frequent ones, whose counts are kept by themselves. A target that is
+            one of them attends to it as to a cluster of its own, with its own key and embedding: the one term of full
+            attention that a cluster renders worst is that of the target itself. Its behaviors stay in their clusters.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        num_clusters: int = 32,
+        grouping: Literal["kmeans", "time", "category", "random"] = "kmeans",
+        metric: Literal["key", "embedding", "random", "joint"] = "key",
+        value_weight: float = 1.0,
+        pooling: Literal["relevance", "mean"] = "relevance",
+        center: Literal["unit", "mean"] = "unit",
+        size_prior: float = 1.0,
+        decay: float = 0.0,
+        moments: Literal["none", "keys", "values"] = "none",
+        rank: int | None = None,
+        sharpness: float | None = None,
+        affinity: bool = True,
+        remembered: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_scalars = int(affinity)
+        self.clustering = ClusteringConfig(num_clusters=num_clusters)
+        self.grouping, self.metric, self.pooling, self.center = grouping, metric, pooling, center
+        self.size_prior, self.decay, self.moments, self.sharpness = size_prior, decay, moments, sharpness
+        self.remembered = remembered
+        self.affinity, self.value_weight = affinity, value_weight
+        narrow = torch.randn(sizes.embedding_dim, rank) / sizes.embedding_dim**0.5 if rank else None
+        self.narrow = nn.Parameter(narrow) if narrow is not None else None
+        generator = torch.Generator().manual_seed(1)
+        self.other: Tensor
+        self.register_buffer("other", random_projection(sizes.embedding_dim, sizes.projected_dim, generator))
+
+    def assign(self, catalog: Catalog, behaviors: Behaviors) -> Ints:
+        """Return the cluster of each behavior within its history, [N]."""
+        offsets, num_clusters = behaviors.offsets, self.clustering.num_clusters
+        lengths = np.diff(offsets)
+        if self.grouping == "time":
+            place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+            return np.asarray(place * num_clusters // np.repeat(lengths, lengths))
+        if self.grouping == "random":
+            drawn: Ints = np.random.default_rng(0).integers(num_clusters, size=offsets[-1])
+            return drawn
+        if self.grouping == "category":
+            rank: Ints = np.minimum(_rank_of_category(behaviors), num_clusters - 1)
+            return rank
+        if self.metric == "key":
+            table = catalog.key
+        elif self.metric == "joint":
+            value = catalog.embedding[behaviors.item]
+            if len(catalog.kind) > 1:
+                value = value + catalog.kind[behaviors.kind]
+            joint = torch.cat([catalog.key[behaviors.item], self.value_weight * F.normalize(value, dim=1)], 1)
+            return cluster(F.normalize(joint, dim=1).numpy(), offsets, behaviors.user_ids, self.clustering).astype(
+                np.int64
+            )
+        else:
+            reduced = catalog.embedding if self.metric == "embedding" else catalog.embedding @ self.other
+            table = F.normalize(reduced, dim=1)
+        keys = table.numpy()[behaviors.item]
+        return cluster(keys, offsets, behaviors.user_ids, self.clustering).astype(np.int64)
+
+    def summarise(self, history: History) -> Moments:
+        """Pool the clusters of each history."""
+        num_clusters = self.clustering.num_clusters
+        member = F.one_hot(history.cluster, num_clusters) * history.mask[..., None]
+        share = member.to(history.key.dtype).transpose(1, 2)  # G K L
+        total = share @ history.key
+        if self.sharpness is not None:
+            near = self.sharpness * relevance_of_all(F.normalize(total, dim=2), history.key, history.scale)
+            near = near.masked_fill(~member.any(1)[..., None], torch.finfo(near.dtype).min)
+            share = near.softmax(1) * history.mask[:, None]
+            total = share @ history.key
+        size = share.sum(2)
+        count = size.clamp(min=1e-6)[..., None]
+        unit = F.normalize(total, dim=2)
+        mean = total / count
+        weight = share
+        if self.pooling == "relevance":
+            # rho(c, h) is at most the scale, so subtracting it keeps exp in range.
+            weight = share * torch.exp(relevance_of_all(unit, history.key, history.scale) - history.scale)
+        mass = weight.sum(2, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        value = (weight @ history.embedding) / mass
+        if self.decay:
+            prior = (share * torch.exp(-self.decay * history.age)[:, None]).sum(2)
+            log_prior = self.size_prior * prior.clamp(min=1e-6).log()
+        else:
+            log_prior = self.size_prior * size.clamp(min=1e-6).log()
+        variance = covariance = None
+        if self.moments != "none":
+            variance = (share @ history.key.square()) / count - mean.square()
+        if self.moments == "values":
+            values = history.embedding if self.narrow is None else history.embedding @ self.narrow
+            pairs = history.key[..., None] * values[:, :, None]  # G L P D
+            covariance = (share @ pairs.flatten(2)).view(*size.shape, *pairs.shape[2:]) / count[..., None]
+            covariance = covariance - mean[..., None] * (share @ values / count)[:, :, None]
+        center = unit if self.center == "unit" else mean
+        remembered = _most_frequent(history.item, history.mask, self.remembered) if self.remembered else (None, None)
+        return Moments(center, value, size, log_prior, history.scale, variance, covariance, *remembered)
+
+    def profile(self, state: Moments, history: History) -> Float[Tensor, "G D"]:
+        """Return the mean of the interests by size."""
+        share = state.size / state.size.sum(1, keepdim=True).clamp(min=1e-6)
+        return (share[:, None] @ state.value).squeeze(1)
+
+    def read(self, state: Moments, target: Target) -> Read:
+        """Return v, and the affinity of the target to the interests as a whole."""
+        mask = (state.size > 0)[:, None]
+        lowest = torch.finfo(target.key.dtype).min
+        prior = state.log_prior[:, None].masked_fill(~mask, lowest)
+        logits = relevance_of_all(target.key, state.center, state.scale) + prior
+        if state.variance is not None:
+            spread = target.key.square() @ state.variance.transpose(1, 2)
+            logits = logits + 0.5 * state.scale.square() * spread
+        if state.remembered is not None and state.times is not None:
+            # A slot of its own: h_t against itself is as relevant as can be.
+            place = torch.searchsorted(state.remembered, target.item).clamp(max=state.remembered.shape[1] - 1)
+            known = state.remembered.gather(1, place) == target.item
+            count = torch.where(known, state.times.gather(1, place), 1)
+            own = (state.scale + self.size_prior * count.log()).masked_fill(~known, lowest)
+            own_prior = (self.size_prior * count.log()).masked_fill(~known, lowest)
+            logits = torch.cat([logits, own[..., None]], 2)
+            prior = torch.cat([prior.expand(-1, own.shape[1], -1), own_prior[..., None]], 2)
+        weights = logits.softmax(2)
+        vector = weights[..., : state.value.shape[1]] * mask @ state.value
+        if state.remembered is not None and state.times is not None:
+            vector = vector + weights[..., -1:] * known[..., None] * target.embedding
+        weights = weights[..., : state.value.shape[1]] * mask
+        if state.covariance is not None:
+            tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
+            vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
+        affinity = torch.logsumexp(logits, 2) - torch.logsumexp(prior, 2)
+        scalars = affinity.where(mask.any(2), 0)[..., None]
+        return Read(vector[:, :, None], scalars if self.affinity else scalars[..., :0])
+
+
+def _most_frequent(
+    item: Int64[Tensor, "G L"], mask: Bool[Tensor, "G L"], num_items: int
+) -> tuple[Int64[Tensor, "G M"], Int64[Tensor, "G M"]]:
+    """Return the most frequent items of each history, ascending, and how often they occur; padding goes last."""
+    none = torch.iinfo(torch.int64).max
+    ordered = item.masked_fill(~mask | (item <= UNKNOWN), none).sort(1).values
+    if ordered.shape[1] == 0:
+        ordered = ordered.new_full((len(item), 1), none)
+    last = torch.searchsorted(ordered, ordered, right=True)
+    first = torch.searchsorted(ordered, ordered)
+    place = torch.arange(ordered.shape[1], device=item.device)
+    count = torch.where((first == place) & (ordered != none), last - first, 0)
+    kept = count.topk(min(num_items, count.shape[1]), 1)
+    found = ordered.gather(1, kept.indices).masked_fill(kept.values == 0, none)
+    found, order = found.sort(1)
+    return found, kept.values.gather(1, order)
+
+
+def _rank_of_category(behaviors: Behaviors) -> Ints:
+    """Return for each behavior how many categories are more frequent in its history than its own, [N]."""
+    owner = np.repeat(np.arange(len(behaviors.user_ids)), np.diff(behaviors.offsets))
+    pair, inverse, count = np.unique(
+        owner * (behaviors.category.max(initial=0) + 1) + behaviors.category, return_inverse=True, return_counts=True
+    )
+    of = pair // (behaviors.category.max(initial=0) + 1)
+    order = np.lexsort((pair, -count, of))
+    rank = np.empty(len(pair), np.int64)
+    first = np.searchsorted(of, of[order])
+    rank[order] = np.arange(len(pair)) - first
+    return rank[inverse]
