@@ -41,6 +41,7 @@ class Model:
     """Switches that differ from the defaults of the class."""
 
 
+_OURS = {"metric": "joint", "center": "mean", "pooling": "mean", "remembered": 4096}
 MODELS: Mapping[str, Model] = {
     "recent": Model(RecentOnly, "floor"),
     "mean": Model(MeanPooling, "floor"),
@@ -59,7 +60,7 @@ MODELS: Mapping[str, Model] = {
     "sparse-ctr": Model(SparseCTR, "newer"),
     "self-modulating": Model(SelfModulatingAttention, "newer"),
     "encode-paper": Model(Variant, "ours", reduces=True),
-    "encode": Model(Variant, "ours", reduces=True, options={"metric": "joint", "center": "mean", "pooling": "mean"}),
+    "encode": Model(Variant, "ours", reduces=True, options=_OURS),
 }
 
 ABLATIONS = (
@@ -70,6 +71,8 @@ ABLATIONS = (
     "encode:metric=random",
     "encode:center=unit",
     "encode:pooling=relevance",
+    "encode:remembered=0",
+    "encode:remembered=512",
     "encode:moments=keys",
     "encode:moments=values",
     "encode:moments=values,rank=4",
