@@ -39,7 +39,7 @@ NOISE = 0.1
 ACTIVE_SHARE, MAX_ACTIVE_LENGTH = 0.01, 20
 NAMES = ("buy", "cart", "fav", "pv")
 NAME_SHARES = (0.02, 0.06, 0.03, 0.89)
-D, P, K, NUM_ITERATIONS, RECENT_LENGTH = 64, 16, 32, 10, 50
+D, P, K, NUM_ITERATIONS, RECENT_LENGTH, NUM_REMEMBERED = 64, 16, 32, 10, 50, 4096
 _ROWS_PER_BLOCK = 1 << 21
 _ROWS_PER_PART = 4_000_000
 _ROW = np.dtype([("user", np.int32), ("item", np.int32), ("second", np.int32), ("name", np.uint8)])
@@ -126,7 +126,9 @@ def make_space(log: Log) -> Space:
     key[1:] /= np.linalg.norm(key[1:], axis=1, keepdims=True)
     clustering = ClusteringConfig(num_clusters=K, num_iterations=NUM_ITERATIONS)
     embedding, key, projection = (array.astype(np.float32) for array in (embedding, key, projection))
-    return Space(SpaceConfig(clustering, "relevance", RECENT_LENGTH), vocabulary, embedding, key, projection, 8.0)
+    return Space(
+        SpaceConfig(clustering, "mean", RECENT_LENGTH, NUM_REMEMBERED), vocabulary, embedding, key, projection, 8.0
+    )
 
 
 def bytes_per_behavior(num_behaviors: int, max_user_id: int) -> tuple[float, float]:

@@ -314,6 +314,8 @@ def _explain(options: argparse.Namespace) -> None:
         print(
             f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}"
         )
+    if answer.get("attention_to_itself"):
+        print(f"item {options.item} attends {answer['attention_to_itself']:.3f} to the user's own past with it")
     if answer.get("unknown_item"):
         print(f"item {options.item} is unknown: its attention is that of an average new item")
     _print_origin(answer)

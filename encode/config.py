@@ -89,8 +89,11 @@ class ModelConfig(Section):
     """lambda of the dynamic margin; the margin itself when it is fixed."""
     triplet_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the triplet loss beside the log loss."""
-    pooling: Literal["relevance", "mean"] = "relevance"
+    pooling: Literal["mean", "relevance"] = "mean"
     """How a cluster's value is made of its behaviors' embeddings."""
+    num_remembered: Annotated[int, Field(ge=0)] = 4096
+    """Items of a user, the most frequent, that are kept by themselves beside the interests: what it takes to know again
+    what a user had before. 8 bytes each."""
     size_prior: Annotated[float, Field(ge=0)] = 1.0
     """eta: weight of log n_k in the attention over interests; 1 is exact when a cluster's keys coincide."""
     initial_std: Annotated[float, Field(gt=0)] = 0.05

@@ -74,8 +74,9 @@ HISTORIES = pa.schema(
 def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
     """One row a user: the interests of that user and the most recent behaviors.
 
-    The lists `center` (unit vectors, P), `value` (D), `size` (behaviors in the cluster), `newest` (UTC seconds)
-    and `top_items` (most frequent item ids, best first) run in parallel, largest interest first.
+    The lists `center` (mean key, P), `value` (D), `size` (behaviors in the cluster), `newest` (UTC seconds) and
+    `top_items` (most frequent item ids, best first) run in parallel, largest interest first. So do `item_index` (the
+    user's most frequent items by their index in the space's vocabulary, ascending) and `item_times`.
     """
     vector = pa.list_(pa.float32(), projected_dim), pa.list_(pa.float32(), embedding_dim)
     return pa.schema(
@@ -87,6 +88,8 @@ def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
             pa.field("size", pa.list_(pa.int64()), nullable=False),
             pa.field("newest", pa.list_(pa.int64()), nullable=False),
             pa.field("top_items", pa.list_(pa.list_(pa.int64())), nullable=False),
+            pa.field("item_index", pa.list_(pa.int32()), nullable=False),
+            pa.field("item_times", pa.list_(pa.int32()), nullable=False),
             pa.field("recent_item_id", pa.list_(pa.int64()), nullable=False),
             pa.field("recent_category_id", pa.list_(pa.int64()), nullable=False),
             pa.field("recent_timestamp", pa.list_(pa.int64()), nullable=False),

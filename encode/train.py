@@ -81,7 +81,8 @@ def train(histories: Histories, as_of: date, config: Config, say: Callable[[str]
     lengths = replays["test"].history_lengths()
     metrics |= {name: value for name, value in epochs[best_epoch(epochs)].items() if name.startswith("valid_")}
     say("test: " + ", ".join(f"{name} {metrics[name]:.4f}" for name in ("auc", "gauc", "logloss", "calibration")))
-    settings = SpaceConfig(config.clustering, config.model.pooling, config.model.recent_length)
+    model = config.model
+    settings = SpaceConfig(config.clustering, model.pooling, model.recent_length, model.num_remembered)
     return Trained(
         space_of(tables, reader, vocabulary, settings),
         reader,

@@ -22,6 +22,7 @@ from encode.interests import kmeans_torch
 from encode.interests.kmeans import Starts, cluster
 from encode.interests.lloyd import Labels
 from encode.interests.pooling import Behaviors, pool
+from encode.interests.remembered import most_frequent
 from encode.model.files import UserState, user_state
 from encode.model.space import Space
 from encode.schema import interests_schema
@@ -94,6 +95,7 @@ def extract(
     behaviors = Behaviors(offsets, index, key, item_ids, timestamps)
     by_relevance = space.config.pooling == "relevance"
     pooled = pool(labels, behaviors, space.embedding, space.scale, by_relevance, clustering.num_clusters)
+    kept = most_frequent(index, offsets, space.config.num_remembered)
     recent, recent_offsets = _recent(offsets, space.config.recent_length)
     columns = [
         pa.array(user_ids),
@@ -103,6 +105,7 @@ def extract(
         _ragged(pa.array(pooled.size), pooled.offsets),
         _ragged(pa.array(pooled.newest), pooled.offsets),
         _ragged(_ragged(pa.array(pooled.top_items), pooled.top_offsets), pooled.offsets),
+        *(_ragged(pa.array(column), kept.offsets) for column in (kept.item, kept.times)),
         *(_ragged(pa.array(column[recent]), recent_offsets) for column in (item_ids, category_ids, timestamps)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema_of(space))
@@ -120,15 +123,18 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
     value = np.zeros((num_clusters, space.embedding.shape[1]), np.float32)
     size = np.zeros(num_clusters, np.float32)
     recent = np.zeros(length, np.int64)
+    index, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if row is not None:
         sizes = row["size"].values.to_numpy()
         count = len(sizes)
         center[:count] = row["center"].values.flatten().to_numpy().reshape(count, center.shape[1])
         value[:count] = row["value"].values.flatten().to_numpy().reshape(count, value.shape[1])
         size[:count] = sizes
+        index, times = (row[name].values.to_numpy().astype(np.int64) for name in ("item_index", "item_times"))
         items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
         recent[: len(items)] = space.vocabulary.index(items, categories)
-    return user_state(torch.from_numpy(center), torch.from_numpy(value), torch.from_numpy(size), space.scale, recent)
+    centers, values, sizes = (torch.from_numpy(array) for array in (center, value, size))
+    return user_state(centers, values, sizes, space.scale, index, times, recent)
 
 
 def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:

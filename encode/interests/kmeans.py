@@ -30,7 +30,7 @@ class Starts(NamedTuple):
     """Centers that some users' clustering begins from: their last ones."""
 
     centers: Floats
-    """Unit vectors, [S, P]."""
+    """Only their direction counts, [S, P]."""
     offsets: Ints
     """Start of each user's centers, then the end of the last, [U + 1]; a user may have none."""
 
@@ -95,8 +95,10 @@ def checked(keys: Floats, offsets: Ints, seeds: Ints, starts: Starts | None) -> 
         what = "keys, seeds + 1, starts.offsets, starts.centers, their dimensions"
         raise DataError(f"k-means: {what}: found {found}, expected {expected} by offsets and keys")
     if not np.isfinite(starts.centers).all():
-        raise DataError("k-means: a start center is not finite; expected unit vectors: is the last snapshot damaged?")
-    keys, given = (read_only(vectors.astype(np.float32, copy=False)) for vectors in (keys, starts.centers))
+        raise DataError("k-means: a start center is not finite; is the last snapshot damaged?")
+    lengths = np.linalg.norm(starts.centers.astype(np.float64), axis=1, keepdims=True)
+    directions = starts.centers / np.where(lengths > 0, lengths, 1)
+    keys, given = (read_only(vectors.astype(np.float32, copy=False)) for vectors in (keys, directions))
     offsets, given_offsets = (read_only(array.astype(np.int64, copy=False)) for array in (offsets, starts.offsets))
     return keys, offsets, given, given_offsets
 

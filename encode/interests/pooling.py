@@ -52,7 +52,7 @@ class Pooled(NamedTuple):
     offsets: Ints32
     """Start of each user's interests, then the end of the last, [U + 1]."""
     center: Floats
-    """c_k, unit vectors, [S, P]."""
+    """c_k, means of keys, [S, P]."""
     value: Floats
     """z_k, [S, D]."""
     size: Ints
@@ -93,9 +93,10 @@ def pool(
 ) -> Pooled:
     """Pool each user's non-empty clusters into interests, largest first, the lower label first among equals.
 
-    c_k = normalize(sum_i h_i), z_k = sum_i w_i e_i with w_i = softmax over the cluster of rho(c_k, h_i), or the plain
-    mean: `relevance.pool_interests` to rounding, on one thread (arXiv 2508.13567, offline stage). We differ from it in
-    that the largest relevance of the cluster is subtracted before exp, so that no scale makes all weights vanish.
+    c_k is the mean of the keys, z_k that of the embeddings or sum_i w_i e_i with w_i = softmax over the cluster of
+    rho(c_k / |c_k|, h_i): `relevance.pool_interests` to rounding, on one thread (arXiv 2508.13567, offline stage). We
+    differ from it in that the largest relevance of the cluster is subtracted before exp, so that no scale makes all
+    weights vanish.
 
     Args:
         labels: cluster of each behavior within its user's history, 0 to K - 1, [N].
@@ -169,7 +170,7 @@ def _pool_users(
         slot, size = scratch.slot[: end - begin], out.size[first:last]
         _rank(labels[begin:end], len(scratch.end), slot, size)
         key = behaviors.key[begin:end]
-        _weigh(slot, key, scale, by_relevance, out.center[first:last], scratch)
+        _weigh(slot, size, key, scale, by_relevance, out.center[first:last], scratch)
         _average(slot, behaviors.item_index[begin:end], embedding, out.value[first:last], scratch)
         _latest(slot, behaviors.timestamps[begin:end], out.newest[first:last])
         _group(slot, size, behaviors.item_ids[begin:end], scratch.grouped, scratch.end)
@@ -205,7 +206,9 @@ def _rank(labels: Labels, num_clusters: int, slot: Labels, size: Ints) -> None:
 
 
 @compiled
-def _weigh(slot: Labels, key: Floats, scale: float, by_relevance: bool, center: Floats, scratch: _Scratch) -> None:
+def _weigh(
+    slot: Labels, size: Ints, key: Floats, scale: float, by_relevance: bool, center: Floats, scratch: _Scratch
+) -> None:
     """Fill in centers, and the weight of each behavior before it is divided by its cluster's mass."""
     P, unit, weight, highest = key.shape[1], scratch.center, scratch.weight, scratch.highest
     unit[: len(center)] = 0.0
@@ -216,11 +219,11 @@ def _weigh(slot: Labels, key: Floats, scale: float, by_relevance: bool, center: 
     for k in range(len(center)):
         square = 0.0
         for d in range(P):
+            center[k, d] = unit[k, d] / size[k]
             square += unit[k, d] ** 2
         norm = max(math.sqrt(square), _SMALLEST_NORM)
         for d in range(P):
             unit[k, d] /= norm
-            center[k, d] = unit[k, d]
     if not by_relevance:
         weight[: len(slot)] = 1.0
         return

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from encode.config import ModelConfig
 from encode.model.long_term import Catalog, History, LongTerm, Read, Target
 from encode.model.reduction import principal_projection, random_projection
-from encode.model.relevance import Attention, Interests, attend, pool_interests
+from encode.model.relevance import (
+    Attention,
+    Interests,
+    Remembered,
+    attend,
+    attend_interests,
+    pool_interests,
+    remember,
+)
 from encode.schema import PADDING
 
 
@@ -85,6 +93,13 @@ class Tables(nn.Module):
                 self.projection.copy_(principal_projection(self.all_items().embedding, count, self.projection.shape[1]))
 
 
+class Known(NamedTuple):
+    """What ENCODE keeps of G users."""
+
+    interests: Interests
+    remembered: Remembered
+
+
 class Encode(LongTerm):
     """ENCODE: a user is K interests, and a target attends to them with the relevance that made them."""
 
@@ -94,13 +109,14 @@ class Encode(LongTerm):
         super().__init__()
         self.size_prior = config.size_prior
         self.by_relevance = config.pooling == "relevance"
+        self.num_remembered = config.num_remembered
 
-    def summarise(self, history: History) -> Interests:
+    def summarise(self, history: History) -> Known:
         """Pool the clusters of each history: what `interests.extract` does offline, with gradients."""
         num_users, num_clusters = len(history.mask), 1 + int(history.cluster.max()) if history.cluster.numel() else 1
         first = num_clusters * torch.arange(num_users, device=history.mask.device)[:, None]
         segment = (first + history.cluster)[history.mask]
-        return pool_interests(
+        interests = pool_interests(
             history.embedding[history.mask],
             history.key[history.mask],
             segment,
@@ -109,20 +125,21 @@ class Encode(LongTerm):
             history.scale,
             self.by_relevance,
         )
+        return Known(interests, remember(history.item, self.num_remembered))
 
-    def profile(self, state: Interests, history: History | None = None) -> Float[Tensor, "G D"]:
+    def profile(self, state: Known, history: History | None = None) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size: the stored state is all that serving has."""
-        share = state.size / state.size.sum(1, keepdim=True).clamp(min=1)
-        return (share[:, None] @ state.value).squeeze(1)
+        size = state.interests.size
+        share = size / size.sum(1, keepdim=True).clamp(min=1)
+        return (share[:, None] @ state.interests.value).squeeze(1)
 
-    def attention(self, state: Interests, key: Float[Tensor, "G T P"]) -> Attention:
-        """Return what each target takes from the interests, and how much it attends to each."""
-        log_prior = self.size_prior * state.size.clamp(min=1).log()
-        return attend(key, state.center, state.value, log_prior, state.size > 0, state.scale)
+    def attention(self, state: Known, target: Target) -> Attention:
+        """Return what each target takes from the interests, and how much it attends to each, itself last."""
+        return attend_interests(target.key, target.item, target.embedding, *state, self.size_prior)
 
-    def read(self, state: Interests, target: Target) -> Read:
+    def read(self, state: Known, target: Target) -> Read:
         """Return v = sum_k beta_k z_k and the affinity of the target to the interests as a whole."""
-        found = self.attention(state, target.key)
+        found = self.attention(state, target)
         return Read(found.value[:, :, None], found.affinity[:, :, None])
 
 

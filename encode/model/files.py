@@ -22,12 +22,13 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from encode.config import ModelConfig, Section
 from encode.errors import ArtifactError
-from encode.model.ctr import Encode, Reader, Recent, User
+from encode.model.ctr import Encode, Known, Reader, Recent, User
 from encode.model.long_term import Catalog, Target
-from encode.model.relevance import Interests
+from encode.model.relevance import NO_ITEM, Interests, Remembered
 from encode.schema import PADDING, canonical_json, digest
 
 MODEL_FILES = ("model.json", "reader.safetensors", "mirror.safetensors")
@@ -51,7 +52,7 @@ class ModelCard(Section):
 class UserState:
     """One user as the model sees one: what is cached between requests, free of any target."""
 
-    interests: Interests
+    known: Known
     """Of a single user, G = 1."""
     recent: Int64[Tensor, " R"]
     """Vocabulary index of the last behaviors, oldest first, padded with 0 at the end."""
@@ -61,8 +62,8 @@ class Reading(NamedTuple):
     """What the candidates of one user get."""
 
     logit: Float[Tensor, " B"]
-    interest_weights: Float[Tensor, "B K"]
-    """beta: the attention of each candidate over the user's interests."""
+    interest_weights: Float[Tensor, "B K_plus_1"]
+    """beta: the attention of each candidate over the user's interests, and over what is remembered of itself, last."""
 
 
 def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]) -> Reading:
@@ -76,15 +77,14 @@ def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Ten
     """
     encode = cast(Encode, reader.long_term)
     with torch.no_grad():
-        size = user.interests.size
-        known = User(user.interests, encode.profile(user.interests), size.sum(1))
+        of_user = User(user.known, encode.profile(user.known), user.known.interests.size.sum(1))
         recent = Recent(
             table.embedding[user.recent][None], table.key[user.recent][None], (user.recent != PADDING)[None]
         )
-        rows = Target(
+        candidates = Target(
             table.embedding[target][None], table.key[target][None], target[None], table.category[target][None]
         )
-        return Reading(reader(known, recent, rows), encode.attention(user.interests, rows.key).weights[0])
+        return Reading(reader(of_user, recent, candidates), encode.attention(user.known, candidates).weights[0])
 
 
 def model_files(
@@ -104,9 +104,11 @@ def model_files(
         ]
     )
     mirror = {
-        "center": torch.cat([user.interests.center for user in users]),
-        "value": torch.cat([user.interests.value for user in users]),
-        "size": torch.cat([user.interests.size for user in users]),
+        "center": torch.cat([user.known.interests.center for user in users]),
+        "value": torch.cat([user.known.interests.value for user in users]),
+        "size": torch.cat([user.known.interests.size for user in users]),
+        "item": pad_sequence([user.known.remembered.item[0] for user in users], True, NO_ITEM),
+        "times": pad_sequence([user.known.remembered.times[0] for user in users], True),
         "recent": torch.stack([user.recent for user in users]),
         "target": targets,
         "probability": expected,
@@ -153,7 +155,8 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, whe
         for place in range(len(mirror["target"])):
             one = slice(place, place + 1)
             interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one], reader.scale)
-            reading = read_user(reader, table, UserState(interests, mirror["recent"][place]), mirror["target"][place])
+            known = Known(interests, Remembered(mirror["item"][one], mirror["times"][one]))
+            reading = read_user(reader, table, UserState(known, mirror["recent"][place]), mirror["target"][place])
             off = (torch.sigmoid(reading.logit) - mirror["probability"][place]).abs().max()
             worst = max(worst, float(off.nan_to_num(nan=1.0)))
     except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
@@ -170,10 +173,25 @@ def user_state(
     value: Float[Tensor, "K D"],
     size: Float[Tensor, " K"],
     scale: float,
+    item: npt.NDArray[np.int64],
+    times: npt.NDArray[np.int64],
     recent: npt.NDArray[np.int64],
 ) -> UserState:
-    """Make a user's state from the user's own interests and recent behaviors (vocabulary index, padded)."""
-    return UserState(Interests(center[None], value[None], size[None], torch.tensor(scale)), torch.from_numpy(recent))
+    """Make a user's state from the user's own interests, remembered items and recent behaviors (vocabulary index).
+
+    Args:
+        center: of each interest.
+        value: of each interest.
+        size: behaviors in each interest, 0 for none.
+        scale: of the relevance.
+        item: remembered items, ascending; may be none.
+        times: how many behaviors are with each of them.
+        recent: padded.
+    """
+    items, counts = np.append(item, NO_ITEM), np.append(times, 0)
+    remembered = Remembered(torch.from_numpy(items)[None], torch.from_numpy(counts)[None])
+    interests = Interests(center[None], value[None], size[None], torch.tensor(scale))
+    return UserState(Known(interests, remembered), torch.from_numpy(recent))
 
 
 def _save(tensors: Mapping[str, Tensor]) -> bytes:

@@ -3,8 +3,8 @@
 ENCODE's point (arXiv 2508.13567, R2) is that training, reduction, clustering, pooling and serving agree on what
 "relevant" means. Each of them calls `relevance`; none has a metric of its own.
 
-    G groups: users, or single impressions   T targets of each   M slots that they attend to: interests or behaviors
-    N behaviors   K clusters a user   D embedding_dim   P projected_dim
+    G groups: users, or single impressions   T targets of each   M slots that they attend to, or items
+    N behaviors   L behaviors of a history   K clusters a user   D embedding_dim   P projected_dim
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
+
+from encode.schema import UNKNOWN
 
 
 def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale: Tensor) -> Float[Tensor, ...]:
@@ -82,13 +84,100 @@ class Interests(NamedTuple):
     """K interests of each of G users, ready to be attended to."""
 
     center: Float[Tensor, "G K P"]
-    """c_k: unit vectors; zero where the cluster is empty."""
+    """c_k: mean of the cluster's keys, the shorter the wider the cluster; zero where it is empty."""
     value: Float[Tensor, "G K D"]
     """z_k: pooled embeddings of the cluster's behaviors; zero where it is empty."""
     size: Float[Tensor, "G K"]
     """n_k: behaviors in the cluster."""
     scale: Float[Tensor, ""]
     """Of the relevance by which they were pooled and are attended to."""
+
+
+class Remembered(NamedTuple):
+    """The most frequent items of each of G users, kept by themselves beside the interests."""
+
+    item: Int64[Tensor, "G M"]
+    """Vocabulary index, ascending; the largest int64 where there are fewer than M."""
+    times: Int64[Tensor, "G M"]
+    """How many behaviors are with it; 0 where there is none."""
+
+
+NO_ITEM = torch.iinfo(torch.int64).max
+
+
+def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
+    """Return the most frequent items of each history, the smaller index first among equals.
+
+    Args:
+        item: vocabulary index of each behavior; padding and unknown items are not remembered.
+        num_items: M at most.
+    """
+    ordered = F.pad(item, (0, 1)).masked_fill(F.pad(item, (0, 1)) <= UNKNOWN, NO_ITEM).sort(1).values
+    count = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
+    first = ordered != ordered.roll(1, 1)
+    first[:, 0] = True
+    count = count.where(first & (ordered != NO_ITEM), 0)
+    kept = count.sort(dim=1, descending=True, stable=True)
+    width = max(1, min(num_items, int((count > 0).sum(1).max()))) if len(count) else 1
+    count = kept.values[:, :width] * (num_items > 0)
+    found = ordered.gather(1, kept.indices[:, :width]).masked_fill(count == 0, NO_ITEM)
+    found, order = found.sort(1)
+    return Remembered(found, count.gather(1, order))
+
+
+def attend_interests(
+    query: Float[Tensor, "G T P"],
+    item: Int64[Tensor, "G T"],
+    embedding: Float[Tensor, "G T D"],
+    interests: Interests,
+    remembered: Remembered,
+    size_prior: float,
+) -> Attention:
+    """Return what targets take from interests, and from what is remembered of themselves.
+
+    A target that is remembered attends to its own n_t behaviors as to one more interest, with center h_t and value
+    e_t. That term of full attention, n_t exp(rho(h_t, h_t)), is the largest that there can be, and the one that a
+    cluster renders worst; where people repeat themselves it is most of the answer. Ours, not the paper's.
+
+    Args:
+        query: h_t, unit vectors.
+        item: vocabulary index of each target.
+        embedding: e_t.
+        interests: of each user.
+        remembered: items of each user.
+        size_prior: eta, weight of log n_k and of log n_t.
+
+    Returns:
+        Weights [G, T, K + 1], that of the target itself last; 0 there for one that is not remembered.
+    """
+    lowest = torch.finfo(query.dtype).min
+    prior = (size_prior * interests.size.clamp(min=1).log()).masked_fill(interests.size == 0, lowest)[:, None]
+    own, own_prior = attend_itself(query, item, remembered, interests.scale, size_prior)
+    logits = torch.cat([relevance_of_all(query, interests.center, interests.scale) + prior, own], 2)
+    prior = torch.cat([prior.expand(-1, item.shape[1], -1), own_prior], 2)
+    some = (prior > lowest).any(2)
+    weights = F.softmax(logits, 2) * some[..., None]
+    value = weights[..., :-1] @ interests.value + weights[..., -1:] * embedding
+    affinity = (torch.logsumexp(logits, 2) - torch.logsumexp(prior, 2)).where(some, 0)
+    return Attention(value, affinity, weights)
+
+
+def attend_itself(
+    query: Float[Tensor, "G T P"],
+    item: Int64[Tensor, "G T"],
+    remembered: Remembered,
+    scale: Float[Tensor, ""],
+    size_prior: float,
+) -> tuple[Float[Tensor, "G T 1"], Float[Tensor, "G T 1"]]:
+    """Return logit rho(h_t, h_t) + prior and prior eta log n_t of what is remembered of each target itself.
+
+    Both are the lowest number where a target is not remembered.
+    """
+    place = torch.searchsorted(remembered.item, item).clamp(max=remembered.item.shape[1] - 1)
+    known = remembered.item.gather(1, place) == item
+    count = remembered.times.gather(1, place).where(known, 1)
+    prior = (size_prior * count.to(query.dtype).log()).masked_fill(~known, torch.finfo(query.dtype).min)[..., None]
+    return prior + relevance(query, query, scale)[..., None], prior
 
 
 def pool_interests(
@@ -102,9 +191,10 @@ def pool_interests(
 ) -> Interests:
     """Pool each cluster's behaviors into an interest; differentiable in embeddings, keys and scale.
 
-    c_k = normalize(sum_i h_i), z_k = sum_i w_i e_i with w_i = softmax over the cluster of rho(c_k, h_i), or the
-    plain mean. The weights come from the same relevance that the target will use (ours; the paper's summaries do
-    not say how values are pooled).
+    c_k and z_k are the means of the cluster's keys and embeddings: so sum_i exp(rho(h_t, h_i)) and the sum weighted by
+    it are right to the first order in the cluster's spread. Or z_k = sum_i w_i e_i with w_i = softmax over the cluster
+    of rho(c_k / |c_k|, h_i), from the same relevance that the target will use. Both are ours: the paper's summaries do
+    not say how values are pooled, and centers that are unit vectors, as in spherical k-means, overstate wide clusters.
 
     Args:
         embedding: e_i of all behaviors of all users, in any order.
@@ -116,12 +206,15 @@ def pool_interests(
         by_relevance: False pools by the mean.
     """
     total = num_users * num_clusters
-    center = F.normalize(key.new_zeros(total, key.shape[1]).index_add(0, segment, key), dim=1)
     ones = torch.ones_like(segment, dtype=key.dtype)
     size = key.new_zeros(total).index_add(0, segment, ones)
-    # rho(c, h) is at most the scale, so subtracting it keeps exp in range without a maximum per segment.
-    weight = torch.exp(relevance(center[segment], key, scale) - scale) if by_relevance else ones
-    mass = key.new_zeros(total).index_add(0, segment, weight)
+    center = key.new_zeros(total, key.shape[1]).index_add(0, segment, key) / size.clamp(min=1)[:, None]
+    if by_relevance:
+        # rho(c, h) is at most the scale, so subtracting it keeps exp in range without a maximum per segment.
+        weight = torch.exp(relevance(F.normalize(center, dim=1)[segment], key, scale) - scale)
+        mass = key.new_zeros(total).index_add(0, segment, weight)
+    else:
+        weight, mass = ones, size
     share = weight / mass[segment]
     value = embedding.new_zeros(total, embedding.shape[1]).index_add(0, segment, embedding * share[:, None])
     shape = (num_users, num_clusters)

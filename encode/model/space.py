@@ -36,6 +36,7 @@ class SpaceConfig:
     clustering: ClusteringConfig
     pooling: str
     recent_length: int
+    num_remembered: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Space:
             "clustering": self.config.clustering.model_dump(),
             "pooling": self.config.pooling,
             "recent_length": self.config.recent_length,
+            "num_remembered": self.config.num_remembered,
         }
         return {
             "space.json": canonical_json(settings),

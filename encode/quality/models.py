@@ -41,7 +41,8 @@ class Model:
     """Switches that differ from the defaults of the class."""
 
 
-_OURS = {"metric": "joint", "center": "mean", "pooling": "mean", "remembered": 4096}
+_PAPER = {"center": "unit", "pooling": "relevance", "remembered": 0}
+_OURS = {"metric": "joint"}
 MODELS: Mapping[str, Model] = {
     "recent": Model(RecentOnly, "floor"),
     "mean": Model(MeanPooling, "floor"),
@@ -59,7 +60,7 @@ MODELS: Mapping[str, Model] = {
     "ifa": Model(IFA, "newer"),
     "sparse-ctr": Model(SparseCTR, "newer"),
     "self-modulating": Model(SelfModulatingAttention, "newer"),
-    "encode-paper": Model(Variant, "ours", reduces=True),
+    "encode-paper": Model(Variant, "ours", reduces=True, options=_PAPER),
     "encode": Model(Variant, "ours", reduces=True, options=_OURS),
 }
 
@@ -96,7 +97,9 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "ablations": ABLA
 
 
 _BACKBONE: Mapping[str, Any] = {
-    name: field.annotation for name, field in ModelConfig.model_fields.items() if name not in ("pooling", "size_prior")
+    name: field.annotation
+    for name, field in ModelConfig.model_fields.items()
+    if name not in ("num_remembered", "pooling", "size_prior")
 }
 """Switches of the backbone and their types; those left out are read by the platform's own ENCODE alone."""
 

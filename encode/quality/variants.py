@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,8 +19,7 @@ from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
 from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
 from encode.model.reduction import random_projection
-from encode.model.relevance import relevance_of_all
-from encode.schema import UNKNOWN
+from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember
 
 
 class Moments(NamedTuple):
@@ -35,10 +34,7 @@ class Moments(NamedTuple):
     """Lambda_k: of the keys of a cluster, by coordinate."""
     covariance: Float[Tensor, "G K P D"] | None
     """Sigma_k: of keys and values of a cluster."""
-    remembered: Int64[Tensor, "G M"] | None
-    """Items that are kept by themselves, ascending; the largest int64 where there are fewer."""
-    times: Int64[Tensor, "G M"] | None
-    """How often each of them occurs in the history."""
+    remembered: Remembered
 
 
 class Variant(LongTerm):
@@ -55,7 +51,7 @@ class Variant(LongTerm):
         metric: what k-means compares: the keys that targets attend by, the embeddings themselves, or a random
             projection of them. Anything but `key` parts offline from online (method R2).
         pooling: how a cluster's value is made.
-        center: mean direction of the cluster's keys, or their mean, which is shorter the wider the cluster is.
+        center: mean of the cluster's keys, which is shorter the wider the cluster is, or its direction.
         size_prior: eta, weight of log n_k.
         decay: lambda a day: n_k becomes sum_i exp(-lambda age_i).
         moments: second moments: none, of keys, or of keys and with values.
@@ -75,15 +71,15 @@ class Variant(LongTerm):
         grouping: Literal["kmeans", "time", "category", "random"] = "kmeans",
         metric: Literal["key", "embedding", "random", "joint"] = "key",
         value_weight: float = 1.0,
-        pooling: Literal["relevance", "mean"] = "relevance",
-        center: Literal["unit", "mean"] = "unit",
+        pooling: Literal["mean", "relevance"] = "mean",
+        center: Literal["mean", "unit"] = "mean",
         size_prior: float = 1.0,
         decay: float = 0.0,
         moments: Literal["none", "keys", "values"] = "none",
         rank: int | None = None,
         sharpness: float | None = None,
         affinity: bool = True,
-        remembered: int = 0,
+        remembered: int = 4096,
     ) -> None:
         super().__init__()
         self.num_scalars = int(affinity)
@@ -162,8 +158,8 @@ class Variant(LongTerm):
             covariance = (share @ pairs.flatten(2)).view(*size.shape, *pairs.shape[2:]) / count[..., None]
             covariance = covariance - mean[..., None] * (share @ values / count)[:, :, None]
         center = unit if self.center == "unit" else mean
-        remembered = _most_frequent(history.item, history.mask, self.remembered) if self.remembered else (None, None)
-        return Moments(center, value, size, log_prior, history.scale, variance, covariance, *remembered)
+        remembered = remember(history.item, self.remembered)
+        return Moments(center, value, size, log_prior, history.scale, variance, covariance, remembered)
 
     def profile(self, state: Moments, history: History) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size."""
@@ -179,44 +175,19 @@ class Variant(LongTerm):
         if state.variance is not None:
             spread = target.key.square() @ state.variance.transpose(1, 2)
             logits = logits + 0.5 * state.scale.square() * spread
-        if state.remembered is not None and state.times is not None:
-            # A slot of its own: h_t against itself is as relevant as can be.
-            place = torch.searchsorted(state.remembered, target.item).clamp(max=state.remembered.shape[1] - 1)
-            known = state.remembered.gather(1, place) == target.item
-            count = torch.where(known, state.times.gather(1, place), 1)
-            own = (state.scale + self.size_prior * count.log()).masked_fill(~known, lowest)
-            own_prior = (self.size_prior * count.log()).masked_fill(~known, lowest)
-            logits = torch.cat([logits, own[..., None]], 2)
-            prior = torch.cat([prior.expand(-1, own.shape[1], -1), own_prior[..., None]], 2)
-        weights = logits.softmax(2)
-        vector = weights[..., : state.value.shape[1]] * mask @ state.value
-        if state.remembered is not None and state.times is not None:
-            vector = vector + weights[..., -1:] * known[..., None] * target.embedding
-        weights = weights[..., : state.value.shape[1]] * mask
+        own, own_prior = attend_itself(target.key, target.item, state.remembered, state.scale, self.size_prior)
+        logits = torch.cat([logits, own], 2)
+        prior = torch.cat([prior.expand(-1, own.shape[1], -1), own_prior], 2)
+        some = mask.any(2) | (own_prior[..., 0] > lowest)
+        every = logits.softmax(2) * some[..., None]
+        weights = every[..., :-1]
+        vector = weights @ state.value + every[..., -1:] * target.embedding
         if state.covariance is not None:
             tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
             vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
         affinity = torch.logsumexp(logits, 2) - torch.logsumexp(prior, 2)
-        scalars = affinity.where(mask.any(2), 0)[..., None]
+        scalars = affinity.where(some, 0)[..., None]
         return Read(vector[:, :, None], scalars if self.affinity else scalars[..., :0])
-
-
-def _most_frequent(
-    item: Int64[Tensor, "G L"], mask: Bool[Tensor, "G L"], num_items: int
-) -> tuple[Int64[Tensor, "G M"], Int64[Tensor, "G M"]]:
-    """Return the most frequent items of each history, ascending, and how often they occur; padding goes last."""
-    none = torch.iinfo(torch.int64).max
-    ordered = item.masked_fill(~mask | (item <= UNKNOWN), none).sort(1).values
-    if ordered.shape[1] == 0:
-        ordered = ordered.new_full((len(item), 1), none)
-    last = torch.searchsorted(ordered, ordered, right=True)
-    first = torch.searchsorted(ordered, ordered)
-    place = torch.arange(ordered.shape[1], device=item.device)
-    count = torch.where((first == place) & (ordered != none), last - first, 0)
-    kept = count.topk(min(num_items, count.shape[1]), 1)
-    found = ordered.gather(1, kept.indices).masked_fill(kept.values == 0, none)
-    found, order = found.sort(1)
-    return found, kept.values.gather(1, order)
 
 
 def _rank_of_category(behaviors: Behaviors) -> Ints:

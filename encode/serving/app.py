@@ -219,16 +219,20 @@ def create_app(
 
     @app.get("/v1/users/{user_id}/interests")
     def interests(user_id: Id, item_id: Id | None = None) -> dict[str, Any]:
-        """Return a user's interests, largest first; with `item_id` also how much that item attends to each."""
+        """Return a user's interests, largest first; with `item_id` also how much that item attends to each.
+
+        `attention_to_itself` is to the user's own past with that very item.
+        """
         bundle = ready()
         found = bundle.interests(user_id)
         if found is None:
             raise HTTPException(404, f"user {user_id}: no interests in snapshot {bundle.pointer.snapshot}")
         answer = {"user_id": user_id, "interests": found, "bundle": bundle.describe()}
         if item_id is not None:
-            for interest, weight in zip(found, bundle.attention(user_id, item_id) or [], strict=True):
+            *weights, itself = bundle.attention(user_id, item_id) or []
+            for interest, weight in zip(found, weights, strict=True):
                 interest["attention"] = weight
-            answer |= {"item_id": item_id, "unknown_item": not bundle.knows(item_id)}
+            answer |= {"item_id": item_id, "attention_to_itself": itself, "unknown_item": not bundle.knows(item_id)}
         return answer
 
     return app

@@ -114,13 +114,17 @@ class Bundle:
         ]
 
     def attention(self, user_id: int, item_id: int) -> list[float] | None:
-        """Return beta: how much a candidate attends to each interest of `interests`; None for an unknown user."""
+        """Return beta: how much a candidate attends to each interest of `interests`, and last to itself.
+
+        The last is 0 for an item that the user never had. None for an unknown user.
+        """
         row = self.snapshot.find(user_id)
         if row is None:
             return None
         target = torch.from_numpy(self._index([item_id], None))
         reading = read_user(self.reader, self.space.items, state_of(row, self.space), target)
-        return [float(weight) for weight in reading.interest_weights[0][: len(row["size"])]]
+        *weights, itself = reading.interest_weights[0].tolist()
+        return [*weights[: len(row["size"])], itself]
 
     def knows(self, item_id: int) -> bool:
         """Tell whether an item has an embedding of its own."""
@@ -140,7 +144,7 @@ class Bundle:
         both = torch.cat([held, torch.from_numpy(added)])[-len(user.recent) :]
         padded = torch.zeros_like(user.recent)
         padded[: len(both)] = both
-        return UserState(user.interests, padded)
+        return UserState(user.known, padded)
 
 
 def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str, cache: Path) -> Bundle:

@@ -422,5 +422,5 @@ def make_space():
     vocabulary = Vocabulary(np.arange(1, 9), np.arange(1, 1001), 1 + np.arange(1000) % 8)
     embedding = rng.normal(size=(len(vocabulary), 12)).astype(np.float32)
     key = embedding[:, :6] / np.linalg.norm(embedding[:, :6], axis=1, keepdims=True)
-    config = SpaceConfig(ClusteringConfig(num_clusters=5), "relevance", 5)
+    config = SpaceConfig(ClusteringConfig(num_clusters=5), "relevance", 5, 50)
     return Space(config, vocabulary, embedding, key, np.zeros((12, 6), np.float32), 8.0)

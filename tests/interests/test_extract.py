@@ -17,18 +17,19 @@ from encode.data.vocabulary import Vocabulary
 from encode.interests.extract import extract, state_of
 from encode.interests.kmeans import Starts, cluster
 from encode.model.ctr import Encode, Reader, Tables
+from encode.model.relevance import NO_ITEM
 from encode.model.space import SpaceConfig, space_of
-from encode.schema import HISTORIES, interests_schema
+from encode.schema import HISTORIES, UNKNOWN, interests_schema
 
 MODEL = ModelConfig(embedding_dim=8, category_dim=3, projected_dim=4, hidden_dims=(8,))
 VOCABULARY = Vocabulary(np.arange(1, 5), np.arange(10, 40), 1 + np.arange(30) % 4)
-NUM_CLUSTERS, RECENT = 4, 5
+NUM_CLUSTERS, RECENT, NUM_REMEMBERED = 4, 5, 7
 
 
 def make_space(pooling="relevance", num_clusters=NUM_CLUSTERS):
     torch.manual_seed(0)
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
-    settings = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), pooling, RECENT)
+    settings = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), pooling, RECENT, NUM_REMEMBERED)
     return space_of(tables, Reader(MODEL, Encode(MODEL)), VOCABULARY, settings)
 
 
@@ -64,23 +65,26 @@ def starts_of(found, places):
     return Starts(np.concatenate(centers).astype(np.float32), offsets.astype(np.int64))
 
 
-def slow_row(user, events, space, starts=None):
-    """One user by plain loops, in doubles; only the clustering is the library's."""
+def rows_of_table(events, space):
+    """The index of each event's item, else of its category's others, else unknown."""
     words, row_of = space.vocabulary, {}
     for place, item in enumerate(words.item_ids.tolist()):
         row_of[item] = 2 + len(words.category_ids) + place
     others = {category: 2 + place for place, category in enumerate(words.category_ids.tolist())}
-    rows = [row_of.get(item, others.get(category, 1)) for item, category, _ in events]
+    return [row_of.get(item, others.get(category, 1)) for item, category, _ in events]
+
+
+def slow_row(user, events, space, starts=None):
+    """One user by plain loops, in doubles; only the clustering is the library's."""
+    rows = rows_of_table(events, space)
     keys, values = space.key[rows].astype(float), space.embedding[rows].astype(float)
     labels = cluster(space.key[rows], np.array([0, len(rows)]), np.array([user]), space.config.clustering, starts)
     found = []
     for k in sorted(set(labels.tolist())):
         members = [i for i in range(len(rows)) if labels[i] == k]
-        center = sum(keys[i] for i in members)
-        center /= np.linalg.norm(center)
-        weights = [
-            np.exp(space.scale * keys[i] @ center) if space.config.pooling == "relevance" else 1 for i in members
-        ]
+        center = sum(keys[i] for i in members) / len(members)
+        unit = center / np.linalg.norm(center)
+        weights = [np.exp(space.scale * keys[i] @ unit) if space.config.pooling == "relevance" else 1 for i in members]
         counts = Counter(events[i][0] for i in members)
         found.append(
             {
@@ -104,6 +108,10 @@ def assert_is_the_plain_loop(row, user, events, space, starts=None):
     for name in ("center", "value"):
         np.testing.assert_allclose(np.ravel(row[name]), np.ravel([one[name] for one in expected]), atol=1e-6)
     assert row["size"] == sorted(row["size"], reverse=True)
+    counts = Counter(rows_of_table(events, space))
+    kept = sorted((item for item in counts if item > UNKNOWN), key=lambda item: (-counts[item], item))[:NUM_REMEMBERED]
+    remembered = list(zip(row["item_index"], row["item_times"], strict=True))
+    assert remembered == [(item, counts[item]) for item in sorted(kept)]
     recent = zip(row["recent_item_id"], row["recent_category_id"], row["recent_timestamp"], strict=True)
     assert list(recent) == events[-RECENT:]
 
@@ -197,13 +205,20 @@ def test_state_is_the_row_padded():
     rows = extract(to_batch(histories), SPACE)
     empty, state = (state_of({n: rows.column(n)[place] for n in rows.schema.names}, SPACE) for place in range(2))
     assert state.recent.tolist() == [*VOCABULARY.index(np.array([12, 50, 999]), np.array([3, 2, 9])), 0, 0]
-    assert state.interests.size.sum() == 3
-    assert state.interests.center.shape == (1, NUM_CLUSTERS, MODEL.projected_dim)
+    assert state.known.interests.size.sum() == 3
+    assert state.known.interests.center.shape == (1, NUM_CLUSTERS, MODEL.projected_dim)
     count = len(rows.column("size")[1])
-    assert (state.interests.center[0, count:] == 0).all()
-    assert state.interests.value[0, 0].tolist() == rows.column("value")[1].as_py()[0]
+    assert (state.known.interests.center[0, count:] == 0).all()
+    assert state.known.interests.value[0, 0].tolist() == rows.column("value")[1].as_py()[0]
     nobody = state_of(None, SPACE)
-    for one, other in zip([*empty.interests, empty.recent], [*nobody.interests, nobody.recent], strict=True):
+    for one, other in zip(parts(empty), parts(nobody), strict=True):
         assert torch.equal(one, other)
-    assert not any(one.any() for one in (*empty.interests[:3], empty.recent))
-    assert empty.interests.scale == SPACE.scale
+    assert not any(one.any() for one in (*empty.known.interests[:3], empty.recent))
+    assert empty.known.interests.scale == SPACE.scale
+    assert [item for item in state.known.remembered.item[0].tolist() if item != NO_ITEM] == sorted(
+        VOCABULARY.index(np.array([12, 50]), np.array([3, 2])).tolist()
+    )
+
+
+def parts(state):
+    return [*state.known.interests, *state.known.remembered, state.recent]

@@ -49,7 +49,7 @@ def make_space(seed=0, num_clusters=4, widths=(12, 6)):
     key /= np.linalg.norm(key, axis=1, keepdims=True)
     embedding[0] = key[0] = 0
     projection = np.zeros((D, P), np.float32)
-    config = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), "relevance", 5)
+    config = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), "relevance", 5, 50)
     return Space(config, vocabulary, embedding.astype(np.float32), key.astype(np.float32), projection, 8.0)
 
 
@@ -122,6 +122,10 @@ def made(behaviors, before=None, users=None, space=SPACE):
     return {row["user_id"]: row for row in rows}
 
 
+def directions(centers):
+    return np.array(centers) / np.linalg.norm(centers, axis=1, keepdims=True)
+
+
 # --- a day on top of another -------------------------------------------------------------------------------
 
 
@@ -169,7 +173,7 @@ def test_day_after_day_it_stays_close_to_a_cold_rebuild(store, write_day, run, t
             own = np.concatenate(days)
             own = own[own[:, 0] == user]
             keys = SPACE.key[SPACE.vocabulary.index(own[:, 1], own[:, 2])]
-            total += (2 - 2 * (keys @ np.array(row["center"]).T).max(1)).sum()
+            total += (2 - 2 * (keys @ directions(row["center"]).T).max(1)).sum()
         return total
 
     assert fit(rows_of(store)) <= 1.01 * fit(cold) + 1e-9
@@ -208,7 +212,7 @@ def test_drift_compares_with_clustering_anew(store, write_day, run):
         inertias = []
         for place, user in enumerate(histories.user_ids.tolist()):
             own = keys[histories.offsets[place] : histories.offsets[place + 1]]
-            inertias.append((2 - 2 * (own @ np.array(rows[user]["center"]).T).max(1)).sum())
+            inertias.append((2 - 2 * (own @ directions(rows[user]["center"]).T).max(1)).sum())
         total.append(sum(inertias))
     assert drift == pytest.approx(total[0] / total[1] - 1, abs=1e-3)  # here each goes to its nearest center
 

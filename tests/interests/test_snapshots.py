@@ -41,7 +41,7 @@ def make_model(seed=0):
     torch.manual_seed(seed)
     tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
     reader = Reader(MODEL, Encode(MODEL))
-    space = space_of(tables, reader, VOCABULARY, SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 4))
+    space = space_of(tables, reader, VOCABULARY, SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 4, 50))
     card = ModelCard(model=MODEL, space=space.id, as_of=MONDAY, first_day=MONDAY, test_days=1, metrics={})
     targets = torch.arange(1, 9)[None]
     return space, model_files(card, reader, space.items, [state_of(None, space)], targets, {})

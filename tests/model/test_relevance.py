@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +14,19 @@ from torch.nn import functional as F
 
 from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
-from encode.model.relevance import Interests, attend, pool_interests, relevance, relevance_of_all
+from encode.interests.remembered import most_frequent
+from encode.model.relevance import (
+    NO_ITEM,
+    Interests,
+    Remembered,
+    attend,
+    attend_interests,
+    pool_interests,
+    relevance,
+    relevance_of_all,
+    remember,
+)
+from encode.schema import UNKNOWN
 
 D, P = 6, 4
 seeds = st.integers(0, 2**32 - 1)
@@ -105,7 +118,8 @@ def test_the_error_is_bounded_by_the_radius_of_the_clusters_whatever_the_length(
         eps = (keys - center).norm(dim=1).max().item()
         moved = scale * (query @ keys.T - query @ center.T).abs().max().item()
         assert moved <= scale * eps + 1e-9
-        tilt = scale * eps**2 / 2 if by_relevance else 0.0
+        from_direction = (keys - F.normalize(center, dim=1)).norm(dim=1).max().item()
+        tilt = scale * from_direction**2 / 2 if by_relevance else 0.0
         bound = math.expm1(min(2 * scale * eps + tilt, 700)) * values.norm(dim=1).max().item()
         error = (over_interests(query, interests) - exact).norm(dim=1).max().item()
         assert error <= bound + 1e-9
@@ -191,6 +205,77 @@ def test_all_masked_gives_zeros_and_finite_gradients():
     assert (values.grad[1] == torch.tensor([[1.0], [0.0]])).all()
 
 
+# --- what is remembered ------------------------------------------------------------------------------------
+
+
+def slow_remember(items, num_items):
+    counts = Counter(item for item in items if item > UNKNOWN)
+    kept = sorted(counts, key=lambda item: (-counts[item], item))[:num_items]
+    return [(item, counts[item]) for item in sorted(kept)]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=30), min_size=1, max_size=4), st.integers(0, 9))
+@settings(deadline=None, max_examples=80)
+def test_the_most_frequent_items_are_those_of_a_counter(histories, num_items):
+    """In training as in the refresh."""
+    longest = max(map(len, histories))
+    padded = torch.zeros(len(histories), longest, dtype=torch.long)
+    for place, history in enumerate(histories):
+        padded[place, : len(history)] = torch.tensor(history, dtype=torch.long)
+    found = remember(padded, num_items)
+    offsets = np.append(0, np.cumsum([len(history) for history in histories])).astype(np.int64)
+    kept = most_frequent(np.array([i for h in histories for i in h], np.int64), offsets, num_items)
+    for place, history in enumerate(histories):
+        expected = slow_remember(history, num_items)
+        pairs = zip(found.item[place].tolist(), found.times[place].tolist(), strict=True)
+        assert [pair for pair in pairs if pair[0] != NO_ITEM] == expected
+        own = slice(*kept.offsets[place : place + 2])
+        assert list(zip(kept.item[own].tolist(), kept.times[own].tolist(), strict=True)) == expected
+    assert (found.times >= 0).all()
+    assert (found.item.diff(dim=1) >= 0).all()
+
+
+def test_a_target_attends_to_its_own_past_as_to_one_more_interest():
+    """By hand: one interest of 4 at rho = 0, and 2 behaviors with the target itself at rho = ln 8: weights 4 : 16."""
+    interests = Interests(
+        torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[10.0]]]), torch.tensor([[4.0]]), torch.tensor(math.log(8))
+    )
+    remembered = Remembered(torch.tensor([[5, 7, NO_ITEM]]), torch.tensor([[1, 2, 0]]))
+    query, embedding = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[20.0], [20.0]]])
+    found = attend_interests(query, torch.tensor([[7, 6]]), embedding, interests, remembered, 1.0)
+    assert found.weights[0, 0].tolist() == pytest.approx([0.2, 0.8])
+    assert found.value[0, 0].item() == pytest.approx(18)
+    assert found.affinity[0, 0].item() == pytest.approx(math.log(20 / 6))
+    assert found.weights[0, 1].tolist() == [1, 0], "item 6 is not remembered"
+    assert found.value[0, 1].item() == pytest.approx(10)
+    assert found.affinity[0, 1].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_nobody_and_nothing_remembered_gives_zeros():
+    interests = Interests(torch.zeros(1, 2, P), torch.zeros(1, 2, D), torch.zeros(1, 2), torch.tensor(8.0))
+    remembered = remember(torch.zeros(1, 0, dtype=torch.long), 4)
+    query = unit(torch.Generator().manual_seed(0), 1, 3, P)
+    found = attend_interests(query, torch.tensor([[2, 3, 4]]), torch.ones(1, 3, D), interests, remembered, 1.0)
+    assert found.value.abs().sum() == found.affinity.abs().sum() == found.weights.abs().sum() == 0
+
+
+def test_remembering_is_nearer_to_full_attention_for_what_was_had_often():
+    """200 distinct items in 4 clusters: what a cluster says of one of its items is mostly about the others."""
+    generator = torch.Generator().manual_seed(0)
+    table, values = unit(generator, 200, P).double(), torch.randn(200, D, generator=generator).double()
+    item = torch.cat([torch.arange(200), torch.full((50,), 17)])
+    scale = torch.tensor(12.0, dtype=torch.double)
+    labels = cluster(
+        table[item].float().numpy(), np.array([0, len(item)]), np.array([0]), ClusteringConfig(num_clusters=4)
+    )
+    interests = pool_interests(values[item], table[item], torch.from_numpy(labels).long(), 1, 4, scale, False)
+    query, target = table[17][None, None], torch.tensor([[17 + 2]])
+    exact = full_attention(query[0], table[item], values[item], 12.0)
+    with_it = attend_interests(query, target, values[17][None, None], interests, remember(item[None] + 2, 300), 1.0)
+    without = over_interests(query[0], interests)
+    assert (with_it.value[0] - exact).norm() < 0.7 * (without - exact).norm()
+
+
 # --- pooling -----------------------------------------------------------------------------------------------
 
 
@@ -199,9 +284,9 @@ def slow_pool(embedding, key, segment, num_users, num_clusters, scale, by_releva
     size = torch.zeros(num_users * num_clusters)
     for slot in segment.unique().tolist():
         rows = torch.nonzero(segment == slot).squeeze(1)
-        total = key[rows].sum(0)
-        center[slot] = total / total.norm()
-        weight = F.softmax(scale * (key[rows] @ center[slot]) * by_relevance, 0)
+        center[slot] = key[rows].mean(0)
+        unit = center[slot] / center[slot].norm()
+        weight = F.softmax(scale * (key[rows] @ unit) * by_relevance, 0)
         value[slot] = (weight[:, None] * embedding[rows]).sum(0)
         size[slot] = len(rows)
     return center, value, size

@@ -29,7 +29,8 @@ from encode.model.files import (
 from encode.model.space import SPACE_FILES, SpaceConfig, load_space, space_of
 
 MODEL = ModelConfig(embedding_dim=6, category_dim=2, projected_dim=3, recent_length=4, hidden_dims=(8,))
-SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 4)
+REMEMBERED = np.array([4, 6]), np.array([2, 1])
+SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 4, 2)
 VOCABULARY = Vocabulary(np.array([5, 9]), np.array([100, 101, 107]), np.array([5, 9, 5]))
 
 
@@ -65,7 +66,12 @@ def files(space_and_reader):
     rows = torch.tensor([2, 4, 6])
     users = [
         user_state(
-            space.items.key[rows], space.items.embedding[rows], torch.tensor(size), space.scale, np.array([6, 5, 0, 0])
+            space.items.key[rows],
+            space.items.embedding[rows],
+            torch.tensor(size),
+            space.scale,
+            *REMEMBERED,
+            np.array([6, 5, 0, 0]),
         )
         for size in ([3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0])
     ]
@@ -321,6 +327,7 @@ def test_a_candidate_is_scored_alone(space_and_reader):
         space.items.embedding[rows],
         torch.tensor([5.0, 2, 1]),
         space.scale,
+        *REMEMBERED,
         np.array([4, 5, 0, 0]),
     )
     together = read_user(reader, space.items, user, torch.arange(1, 7))

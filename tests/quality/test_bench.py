@@ -23,7 +23,9 @@ import torch
 
 from encode import cli
 from encode.errors import ConfigError, DataError
+from encode.evaluate.metrics import summary
 from encode.quality import bench, cost
+from encode.quality import cells as cells_module
 from encode.quality.bench import Plan, run, task_name
 from encode.quality.cells import Cell, Setup, run_cell
 from encode.quality.report import rows_of
@@ -131,12 +133,20 @@ def test_cells_are_files_and_their_figures_are_returned(once):
     assert all("auc 0." in line for line in said)
 
 
-def test_a_cell_is_json_for_anyone(once):
-    def refuse(name):
-        raise AssertionError(name)
-
-    for name in files_of(once[1]):
-        json.loads((once[1] / name).read_text(), parse_constant=refuse)
+def test_a_cell_is_json_for_anyone(trained, tmp_path, monkeypatch):
+    """NaN is not JSON; what is not defined is null."""
+    undefined = {"gauc": float("nan"), "logloss": float("inf")}
+    monkeypatch.setattr(cells_module, "summary", lambda *arguments: summary(*arguments) | undefined)
+    plan = dataclasses.replace(PLAN, models=("mean",), seeds=1, grid=(1e-2,))
+    said = []
+    (cell,) = run(plan, tmp_path, 1, said.append)
+    assert cell["metrics"]["gauc"] is cell["metrics"]["logloss"] is None
+    (name,) = files_of(tmp_path)
+    assert json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail) == cell
+    assert "auc 0." in said[0]
+    assert "gauc" not in said[0]
+    assert run(plan, tmp_path, 1, quiet) == [cell]
+    assert rows_of([cell])[0]["gauc"] is None
 
 
 def test_a_cell_says_what_it_was_made_of(once):
@@ -436,10 +446,10 @@ def begin(tmp_path, *arguments):
 
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_ends_it_at_once_and_leaves_whole_cells(log, tmp_path, early):
-    """It reaches the whole group, as from a terminal: while the workers start, or once a cell is finished."""
+    """It reaches the whole group, as from a terminal: while a worker imports, or once a cell is finished."""
     process = begin(tmp_path, "--data", str(log), "--models", "recent", "mean", "full", "--workers", "2")
     if early:
-        wait_for(lambda: workers_of(process))
+        wait_for(lambda: any(worker.cpu_times().user > 0.3 for worker in workers_of(process)))
     else:
         assert process.stdout.readline().startswith("[1/6]")
     children = processes_below(process.pid)

@@ -78,11 +78,12 @@ def test_what_is_kept_by_hand():
         "full": measure_cost(*reader_of(FullAttention)).state_bytes,
     }
     variant = 5 * (P + D + 2) + 1  # center, value, size and log prior of each, and the scale
+    remembered = 2 * 8 * (V - 2)  # index and count of every item but padding and unknown: there are fewer than M
     assert found == {
         "mean": 4 * (D + D),
         "recent": 4 * D,
-        "variant": 4 * (variant + D),
-        "moments": 4 * (variant + 5 * (P + P * D) + D),
+        "variant": 4 * (variant + D) + remembered,
+        "moments": 4 * (variant + 5 * (P + P * D) + D) + remembered,
         "full": 8 * 1_000 * 2,  # the item and the kind of each behavior
     }
 

@@ -77,7 +77,10 @@ def test_where_nothing_varies_there_is_no_correlation():
 
 @pytest.mark.parametrize(
     "model",
-    [lambda: Variant(SIZES, num_clusters=40), lambda: Clustered(CONFIG, ClusteringConfig(num_clusters=40))],
+    [
+        lambda: Variant(SIZES, num_clusters=40, remembered=0),
+        lambda: Clustered(CONFIG.model_copy(update={"num_remembered": 0}), ClusteringConfig(num_clusters=40)),
+    ],
     ids=["variant", "platform"],
 )
 def test_as_many_clusters_as_distinct_items_is_faithful(model):
@@ -89,7 +92,7 @@ def test_as_many_clusters_as_distinct_items_is_faithful(model):
 
 
 def test_fewer_clusters_are_less_faithful():
-    found = [measured(Variant(SIZES, num_clusters=k)) for k in (1, 4, 12)]
+    found = [measured(Variant(SIZES, num_clusters=k, remembered=0)) for k in (1, 4, 12)]
     assert found[0].correlation < found[1].correlation < found[2].correlation < 0.9999
     assert found[0].relative_error > found[1].relative_error > found[2].relative_error > 0.001
 

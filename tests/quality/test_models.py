@@ -183,6 +183,7 @@ def test_switches_of_the_backbone_are_told_from_those_of_the_model():
         ("encoed", r"model 'encoed': unknown; have recent, mean, .*encode, and groups all, ablations$"),
         ("encode:k=3", r"'encode:k=3': unknown switch 'k'; have num_clusters, .*embedding_dim"),
         ("full:size_prior=0", r"unknown switch 'size_prior'"),  # full attention has no sizes
+        ("twin:num_remembered=9", r"unknown switch .num_remembered."),
         ("sim-hard:pooling=mean", r"unknown switch 'pooling'; have k, num_heads"),
         ("encode:grouping", r"switch grouping has no value; write grouping=VALUE"),
         ("encode:grouping=tim", r"grouping: Input should be 'kmeans', 'time', .*found 'tim'"),

@@ -115,7 +115,10 @@ def test_a_floor_that_is_not_far_below_is_shown(tmp_path, figures):
 
 
 def test_names_cover_neither_each_other_nor_points(tmp_path, figures):
-    draw([one | {"auc": 0.75 + 0.003 * (i % 4)} for i, one in enumerate(MODELS_ALONE)], tmp_path)
+    draw(
+        [one | {"auc": 0.75 + 0.002 * (i % 2), "cost_ms_per_1000": 2 * 1.1**i} for i, one in enumerate(MODELS_ALONE)],
+        tmp_path,
+    )
     figure = figures["cost"]
     (axes,) = figure.axes
     figure.draw_without_rendering()

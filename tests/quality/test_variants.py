@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from encode.config import ClusteringConfig, ModelConfig
 from encode.interests.clustered import Clustered
 from encode.model.long_term import Behaviors, Catalog, History, Sizes, Target
+from encode.quality.models import MODELS
 from encode.quality.rivals.attention import FullAttention
 from encode.quality.variants import Variant
 
@@ -23,7 +24,13 @@ SIZES = Sizes(num_items=NUM_ITEMS, num_categories=NUM_CATEGORIES, num_kinds=1, e
 CONFIG = ModelConfig(embedding_dim=D, category_dim=2, projected_dim=P)
 LENGTHS = [9, 0, 14, 1]
 SCALE = 8.0
+PAPER = MODELS["encode-paper"].options
+"""What is changed here is changed from the paper's ENCODE."""
 seeds = st.integers(0, 2**32 - 1)
+
+
+def paper(**options) -> Variant:
+    return Variant(SIZES, **{**PAPER, **options})
 
 
 def catalog_of(seed: int = 0, num_items: int = NUM_ITEMS) -> Catalog:
@@ -68,7 +75,7 @@ def history_of(catalog: Catalog, behaviors: Behaviors, labels: np.ndarray, longe
 
 def target_of(catalog: Catalog, num_histories: int) -> Target:
     """Every item of the catalog, for every history."""
-    item = torch.arange(len(catalog.key)).expand(num_histories, -1)
+    item = torch.arange(len(catalog.key)).repeat(num_histories, 1)
     return Target(catalog.embedding[item], catalog.key[item], item, catalog.category[item])
 
 
@@ -102,10 +109,11 @@ def test_as_it_is_it_is_what_the_platform_trains(seed, lengths, padding, num_clu
     behaviors = behaviors_of(catalog, lengths, seed)
     np.testing.assert_array_equal(ours.assign(catalog, behaviors), theirs.assign(catalog, behaviors))
     found, expected = ours.summarise(history), theirs.summarise(history)
-    used = expected.size.shape[1]
+    used = expected.interests.size.shape[1]
     assert not found.size[:, used:].any()
     for name in ("center", "value", "size"):
-        torch.testing.assert_close(getattr(found, name)[:, :used], getattr(expected, name), atol=1e-5, rtol=1e-4)
+        one, other = getattr(found, name)[:, :used], getattr(expected.interests, name)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     for one, other in (
         (ours.profile(found, history), theirs.profile(expected, history)),
         (ours.read(found, target).vectors, theirs.read(expected, target).vectors),
@@ -119,14 +127,14 @@ def test_as_it_is_it_is_what_the_platform_trains(seed, lengths, padding, num_clu
     "options", [{}, {"center": "mean", "pooling": "mean", "moments": "values"}, {"sharpness": 50.0}]
 )
 def test_as_many_clusters_as_distinct_items_is_full_attention(options):
-    model, full = Variant(SIZES, num_clusters=NUM_ITEMS, **options), FullAttention(SIZES)
+    model, full = paper(num_clusters=NUM_ITEMS, **options), FullAttention(SIZES)
     _, history, target = case_of(model)
     expected = full.read(full.summarise(history), target)
     found = model.read(model.summarise(history), target)
     tolerance = {"atol": 1e-2, "rtol": 0} if "sharpness" in options else {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(found.vectors, expected.vectors, **tolerance)
     torch.testing.assert_close(found.scalars, expected.scalars, **tolerance)
-    assert not torch.allclose(vectors(Variant(SIZES, num_clusters=2, **options)), expected.vectors[:, :, 0], atol=0.05)
+    assert not torch.allclose(vectors(paper(num_clusters=2, **options)), expected.vectors[:, :, 0], atol=0.05)
 
 
 ALL = [
@@ -150,7 +158,7 @@ EACH = pytest.mark.parametrize("options", ALL, ids=[",".join(f"{k}={v}" for k, v
 
 
 def made(**options) -> Variant:
-    return Variant(SIZES, **{"num_clusters": K, **options})
+    return paper(**{"num_clusters": K, **options})
 
 
 @pytest.mark.parametrize("options", [one for one in ALL[1:] if one != {"affinity": False}])
@@ -267,8 +275,8 @@ def test_the_metric_is_what_kmeans_compares():
     catalog = Catalog(embedding, key, torch.ones(4, dtype=torch.long), torch.zeros(1, D))
     none = np.zeros(4, np.int64)
     behaviors = Behaviors(np.array([0, 4]), np.array([1]), np.arange(4), none, none, none)
-    by_key = Variant(SIZES, num_clusters=2).assign(catalog, behaviors)
-    by_embedding = Variant(SIZES, num_clusters=2, metric="embedding").assign(catalog, behaviors)
+    by_key = paper(num_clusters=2).assign(catalog, behaviors)
+    by_embedding = paper(num_clusters=2, metric="embedding").assign(catalog, behaviors)
     assert by_key[0] == by_key[2] != by_key[1] == by_key[3]
     assert by_embedding[0] == by_embedding[1] != by_embedding[2] == by_embedding[3]
 
@@ -398,7 +406,8 @@ def test_with_moments_gaussian_clusters_are_all_but_full_attention(goes_along):
 def test_covariance_by_hand():
     """One cluster, keys (1, 0) and (0, 1), values 0 and 2: Sigma is [-1/2, 1/2], so q = (0, 1) adds s / 2 to 1."""
     sizes = Sizes(3, 3, 1, 1, 2)
-    model = Variant(sizes, num_clusters=1, center="mean", pooling="mean", moments="values")
+    changed = {"num_clusters": 1, "center": "mean", "pooling": "mean", "moments": "values"}
+    model = Variant(sizes, **{**PAPER, **changed})
     none, mask = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool)
     history = History(
         *(torch.tensor([[[0.0], [2.0]]]), torch.eye(2)[None], mask, none, none, none),

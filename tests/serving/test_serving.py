@@ -40,7 +40,7 @@ from encode.storage import open_storage
 MODEL = ModelConfig(embedding_dim=8, category_dim=2, projected_dim=4, recent_length=6, hidden_dims=(16,))
 ITEMS = np.arange(10, 50)
 VOCABULARY = Vocabulary(np.array([1, 2, 3]), ITEMS, 1 + ITEMS % 3)
-SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=4), "relevance", MODEL.recent_length)
+SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=4), MODEL.pooling, MODEL.recent_length, MODEL.num_remembered)
 START, AS_OF, END = date(2024, 3, 1), date(2024, 3, 11), date(2024, 3, 12)
 UNKNOWN_USER = 999
 
@@ -245,7 +245,7 @@ def test_recent_behaviors_count_as_if_they_had_been_in_the_history(client):
     state = state_of(client.app.state.follower.bundle.snapshot.find(1), SPACE)
     own = state.recent[state.recent != 0]
     both = torch.cat([own, torch.from_numpy(VOCABULARY.index(np.array([20, 33])))])[-MODEL.recent_length :]
-    user = UserState(state.interests, both)
+    user = UserState(state.known, both)
     reading = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
     assert changed == pytest.approx(torch.sigmoid(reading.logit).tolist(), abs=1e-6)
 
@@ -329,7 +329,12 @@ def test_interests_are_explained(storage, client):
     assert sum(sizes) == (HISTORIES.timestamps[own] < day_start(AS_OF)).sum()
     assert sizes == sorted(sizes, reverse=True)
     assert sum(one["weight"] for one in answer["interests"]) == pytest.approx(1)
-    assert sum(one["attention"] for one in answer["interests"]) == pytest.approx(1, abs=1e-5)
+    itself = answer["attention_to_itself"]
+    assert sum(one["attention"] for one in answer["interests"]) + itself == pytest.approx(1, abs=1e-5)
+    had = HISTORIES.item_ids[own][HISTORIES.timestamps[own] < day_start(AS_OF)]
+    assert (itself > 0) == (10 in had)
+    new = next(item for item in range(10, 60) if item not in had)
+    assert client.get("/v1/users/1/interests", params={"item_id": new}).json()["attention_to_itself"] == 0
     named = {item["item_id"]: item["name"] for one in answer["interests"] for item in one["top_items"]}
     assert set(named) <= set(HISTORIES.item_ids[own].tolist())
     assert all(name == {10: "bread", 11: "milk"}.get(item) for item, name in named.items())
