@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from encode.errors import EncodeError
+from encode.errors import ConfigError, EncodeError
 from encode.quality.command import add_options, run
 
 
@@ -23,7 +23,7 @@ def main() -> int:
         run(parser.parse_args())
     except EncodeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, run again to go on", file=sys.stderr)
         return 130

@@ -173,7 +173,7 @@ def attend_itself(
 
     Both are the lowest number where a target is not remembered.
     """
-    place = torch.searchsorted(remembered.item, item).clamp(max=remembered.item.shape[1] - 1)
+    place = torch.searchsorted(remembered.item, item.contiguous()).clamp(max=remembered.item.shape[1] - 1)
     known = remembered.item.gather(1, place) == item
     count = remembered.times.gather(1, place).where(known, 1)
     prior = (size_prior * count.to(query.dtype).log()).masked_fill(~known, torch.finfo(query.dtype).min)[..., None]
