@@ -66,6 +66,8 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         DataError: there are not enough of them.
     """
     from encode.data.histories import read_histories
+    from encode.data.partitions import quiet
+    from encode.distributed import joined, place
     from encode.interests.snapshots import write_space
     from encode.model.files import load_model
     from encode.model.reproducible import reproducible
@@ -74,17 +76,21 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.train import train as fit
 
     storage = open_log(places, config.name)
-    histories, inputs = read_histories(storage, as_of, say=say)
-    settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
-    made = recipe("model", settings, inputs, config.training.seed)
-    prefix = f"models/{made[:16]}"
-    manifest = read_manifest(storage, prefix)
-    if manifest is None:
-        with reproducible(config.training.num_threads):
+    with joined(), reproducible(config.training.num_threads):
+        first = place()[0] == 0
+        say = say if first else quiet
+        histories, inputs = read_histories(storage, as_of, say=say)
+        settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
+        made = recipe("model", settings, inputs, config.training.seed)
+        prefix = f"models/{made[:16]}"
+        manifest = read_manifest(storage, prefix)
+        if manifest is None:
             trained = fit(histories, as_of, config, say)
-            space = trained.space
             card, files = package(trained, histories, as_of, config)
-        write_space(storage, space, inputs)
+    if not first:
+        return {"model": prefix}  # the first process writes and registers
+    if manifest is None:
+        write_space(storage, trained.space, inputs)
         write_output(
             storage,
             prefix,
@@ -94,7 +100,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
             config=settings,
             inputs=inputs,
             counts=card.metrics,
-            details={"space": space.id},
+            details={"space": trained.space.id},
             seed=config.training.seed,
         )
     else:

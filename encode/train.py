@@ -21,6 +21,7 @@ from encode.config import Config, ModelConfig, TrainingConfig
 from encode.data.histories import Histories, history_batch
 from encode.data.impressions import Splits, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
+from encode.distributed import place, sum_arrays, sum_gradients
 from encode.errors import DataError
 from encode.evaluate.metrics import curves, summary
 from encode.evaluate.replay import Batch, Replay, assign, batches, make_replay, predict, read_batch
@@ -30,7 +31,7 @@ from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss
 from encode.model.space import Space, SpaceConfig, space_of
-from encode.schema import PADDING, UNKNOWN, Window, day_of, day_start
+from encode.schema import UNKNOWN, Window, day_of, day_start
 
 _TRIPLETS_PER_UPDATE = 1024
 _MIRROR_USERS = 4
@@ -145,6 +146,7 @@ def fit(
         DataError: no user of the validation days has both classes.
     """
     optimizers = _optimizers(tables, reader, training)
+    torch.manual_seed(training.seed + place()[0])  # of dropout, which each process draws for itself
     rng = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
     shown = valid.impressions
@@ -205,6 +207,9 @@ def _run_epoch(
     labels = assign(replay, tables.all_items(), reader.long_term.assign)
     tables.train()
     reader.train()
+    parameters = [
+        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    ]
     totals = np.zeros(4)
     said = time.monotonic()
     for batch in batches(replay, labels, training.histories_per_batch, rng, training.unknown_share):
@@ -213,13 +218,18 @@ def _run_epoch(
         triplet = _triplet_loss(tables, batch, model, generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (loss + model.triplet_weight * triplet + auxiliary).backward()  # type: ignore[no-untyped-call]
+        total = batch.weight * (loss + auxiliary) + model.triplet_weight * triplet
+        total.backward()  # type: ignore[no-untyped-call]
+        sum_gradients(parameters)
         for optimizer in optimizers:
             optimizer.step()
-        totals += np.array([loss.item(), triplet.item(), auxiliary.item(), 1.0]) * len(batch.rows)
+        own = len(batch.rows) if batch.weight > 0 else 0
+        whole = own / batch.weight if own else 0  # of the triplets' loss each process has its part
+        totals += np.array([own * loss.item(), whole * triplet.item(), own * auxiliary.item(), own])
         if time.monotonic() - said > 10:
             said = time.monotonic()
             say(f"  {totals[3] / len(replay.impressions):.0%} of the epoch, loss {totals[0] / totals[3]:.4f}")
+    totals = sum_arrays(totals)
     names = ("loss", "triplet", "auxiliary")
     return {name: float(total) for name, total in zip(names, totals / totals[3], strict=False)}
 
@@ -228,10 +238,13 @@ def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: t
     """The reduction's loss on triplets drawn anew from the batch's histories; only W_h is taught by it."""
     if model.triplet_weight == 0 or model.reduction != "learned":
         return tables.projection.new_zeros(())
-    triplets = draw_triplets((batch.history != PADDING).sum(1), _TRIPLETS_PER_UPDATE, generator)
-    behavior = batch.history[triplets[:, :1], triplets[:, 1:]]
+    triplets = draw_triplets(batch.lengths, _TRIPLETS_PER_UPDATE, generator)
+    rank, world = place()
+    own = triplets[triplets[:, 0] % world == rank] if batch.weight > 0 else triplets[:0]
+    behavior = batch.history[own[:, :1] // world, own[:, 1:]]
     embedding = tables.embed(batch.items[behavior]).detach()
-    return dynamic_triplet_loss(embedding, embedding @ tables.projection, model.margin_weight, model.margin)
+    loss = dynamic_triplet_loss(embedding, embedding @ tables.projection, model.margin_weight, model.margin)
+    return loss * (len(own) / max(1, len(triplets)))
 
 
 def package(trained: Trained, histories: Histories, as_of: date, config: Config) -> tuple[ModelCard, dict[str, bytes]]:

@@ -20,7 +20,7 @@ MODULES = {
 
 LAYERS = [
     ["encode", "encode.errors"],
-    ["encode.config", "encode.compiled"],
+    ["encode.config", "encode.compiled", "encode.distributed"],
     ["encode.schema"],
     ["encode.storage"],
     ["encode.outputs", "encode.pointers"],

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from encode.data.histories import Histories, rows_of
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
+from encode.distributed import place, sum_arrays
 from encode.model.ctr import Reader, Recent
 from encode.model.long_term import Behaviors, Catalog, History, Target
 from encode.schema import PADDING, SECONDS_PER_DAY, UNKNOWN
@@ -59,6 +60,10 @@ class Batch(NamedTuple):
     label: Float[Tensor, " B"]
     rows: Ints
     """Where the impressions are in `Impressions`, [B]."""
+    weight: float
+    """Share of the impressions of all processes' batches that are these; 1 where there is one process."""
+    lengths: Int64[Tensor, " all"]
+    """Behaviors of each history of all processes' batches; those of this one are every `world`-th from `rank` on."""
 
 
 @dataclass(frozen=True)
@@ -192,14 +197,23 @@ def batches(
     vocabulary_size = len(replay.category_index)
     history, begin, end = _turns(replay)
     lengths = (replay.history_end - replay.history_begin)[history]
-    for chosen in _order(lengths, histories_per_batch, rng):
+    rank, world = place()
+    for together in _order(lengths, histories_per_batch, rng):
+        counts = (end - begin)[together]
+        unknown = None if rng is None else rng.random(counts.sum()) < unknown_share
+        chosen = together[rank::world]
+        weight = counts[rank::world].sum() / counts.sum()
+        if not len(chosen):  # fewer histories than processes: read one that another reads, and let it count nothing
+            chosen, weight = together[:1], 0.0
         of, first, last = history[chosen], begin[chosen], end[chosen]
         places, real = _padded(replay.history_begin[of], replay.history_end[of])
         behavior = np.where(real, replay.behavior_index[places], PADDING)
         rows, shown = _padded(first, last)
         target = np.where(shown, replay.target_index[rows], PADDING)
-        if rng is not None:
-            target = np.where(shown & (rng.random(target.shape) < unknown_share), UNKNOWN, target)
+        if unknown is not None:
+            until = np.cumsum(counts)[rank::world] if weight else counts[:1]
+            drawn, _ = _padded(until - (last - first), until)
+            target = np.where(shown & unknown[drawn], UNKNOWN, target)
         rows = rows[shown]
         recent_places, recent_real = _padded(replay.recent_begin[rows], replay.recent_end[rows], replay.recent_length)
         recent = np.where(recent_real, replay.behavior_index[recent_places], PADDING)
@@ -220,6 +234,8 @@ def batches(
             recent_kind=torch.from_numpy(replay.behavior_kind[recent_places] * recent_real),
             label=torch.from_numpy(replay.impressions.labels[rows].astype(np.float32)),
             rows=rows,
+            weight=float(weight),
+            lengths=torch.from_numpy(lengths[together]),
         )
 
 
@@ -336,5 +352,5 @@ def predict(table: Catalog, reader: Reader, replay: Replay, offline: Offline | N
         labels = assign(replay, table, offline or reader.long_term.assign)
         for batch in batches(replay, labels, _HISTORIES_PER_BATCH):
             logit, _ = read_batch(of_batch(table, batch), reader, batch)
-            probabilities[batch.rows] = torch.sigmoid(logit).numpy()
-    return probabilities
+            probabilities[batch.rows] = torch.sigmoid(logit).numpy() * (batch.weight > 0)
+    return sum_arrays(probabilities)
