@@ -93,7 +93,7 @@ class ModelConfig(Section):
     """How a cluster's value is made of its behaviors' embeddings."""
     num_remembered: Annotated[int, Field(ge=0)] = 4096
     """Items of a user, the most frequent, that are kept by themselves beside the interests: what it takes to know again
-    what a user had before. 8 bytes each."""
+    what a user had before. 6 bytes each."""
     size_prior: Annotated[float, Field(ge=0)] = 1.0
     """eta: weight of log n_k in the attention over interests; 1 is exact when a cluster's keys coincide."""
     initial_std: Annotated[float, Field(gt=0)] = 0.05

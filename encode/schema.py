@@ -71,6 +71,10 @@ HISTORIES = pa.schema(
 """One row a user: all behaviors before some day, oldest first."""
 
 
+MOST_TIMES = 2**16 - 1
+"""What is counted of a remembered item at most."""
+
+
 def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
     """One row a user: the interests of that user and the most recent behaviors.
 
@@ -89,7 +93,7 @@ def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
             pa.field("newest", pa.list_(pa.int64()), nullable=False),
             pa.field("top_items", pa.list_(pa.list_(pa.int64())), nullable=False),
             pa.field("item_index", pa.list_(pa.int32()), nullable=False),
-            pa.field("item_times", pa.list_(pa.int32()), nullable=False),
+            pa.field("item_times", pa.list_(pa.uint16()), nullable=False),
             pa.field("recent_item_id", pa.list_(pa.int64()), nullable=False),
             pa.field("recent_category_id", pa.list_(pa.int64()), nullable=False),
             pa.field("recent_timestamp", pa.list_(pa.int64()), nullable=False),

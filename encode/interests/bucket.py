@@ -92,7 +92,7 @@ def _file_bytes(U: Ints, N: Ints, space: Space) -> Ints:
     interests = np.minimum(N, K * U)
     vectors = 4 * (space.key.shape[1] + space.embedding.shape[1])
     lists: Ints = (vectors + 20) * interests + 8 * np.minimum(N, 5 * interests) + 24 * np.minimum(N, recent * U)
-    lists += 8 * np.minimum(N, space.config.num_remembered * U)
+    lists += 6 * np.minimum(N, space.config.num_remembered * U)
     return lists + 56 * U
 
 

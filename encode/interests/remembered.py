@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from encode.compiled import compiled, read_only
-from encode.schema import UNKNOWN
+from encode.schema import MOST_TIMES, UNKNOWN
 
 Ints = npt.NDArray[np.int64]
 Ints32 = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.uint16]
 
 
 class Items(NamedTuple):
@@ -24,8 +25,8 @@ class Items(NamedTuple):
     """Start of each user's items, then the end of the last, [U + 1]."""
     item: Ints32
     """Index in the vocabulary, [R]."""
-    times: Ints32
-    """How many behaviors are with it, at least 1, [R]."""
+    times: Counts
+    """How many behaviors are with it, 1 to 65,535, [R]."""
 
 
 def most_frequent(index: Ints, offsets: Ints, num_items: int) -> Items:
@@ -39,7 +40,7 @@ def most_frequent(index: Ints, offsets: Ints, num_items: int) -> Items:
         num_items: M at most, of a user.
     """
     room = int(np.minimum(np.diff(offsets), num_items).sum())
-    found = Items(np.zeros(len(offsets), np.int32), np.empty(room, np.int32), np.empty(room, np.int32))
+    found = Items(np.zeros(len(offsets), np.int32), np.empty(room, np.int32), np.empty(room, np.uint16))
     if room:
         _fill(read_only(index), read_only(offsets), num_items, *found)
     end = found.offsets[-1]
@@ -47,7 +48,7 @@ def most_frequent(index: Ints, offsets: Ints, num_items: int) -> Items:
 
 
 @compiled
-def _fill(index: Ints, offsets: Ints, num_items: int, ends: Ints32, items: Ints32, counts: Ints32) -> None:
+def _fill(index: Ints, offsets: Ints, num_items: int, ends: Ints32, items: Ints32, counts: Counts) -> None:
     filled = 0
     for user in range(len(offsets) - 1):
         ordered = np.sort(index[offsets[user] : offsets[user + 1]])
@@ -64,7 +65,7 @@ def _fill(index: Ints, offsets: Ints, num_items: int, ends: Ints32, items: Ints3
             if ordered[i] > UNKNOWN and (end - i > lowest or (end - i == lowest and of_lowest > 0)):
                 of_lowest -= end - i == lowest
                 items[filled] = ordered[i]
-                counts[filled] = end - i
+                counts[filled] = min(end - i, MOST_TIMES)
                 filled += 1
             i = end
         ends[user + 1] = filled

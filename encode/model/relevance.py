@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from encode.schema import UNKNOWN
+from encode.schema import MOST_TIMES, UNKNOWN
 
 
 def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale: Tensor) -> Float[Tensor, ...]:
@@ -99,7 +99,7 @@ class Remembered(NamedTuple):
     item: Int64[Tensor, "G M"]
     """Vocabulary index, ascending; the largest int64 where there are fewer than M."""
     times: Int64[Tensor, "G M"]
-    """How many behaviors are with it; 0 where there is none."""
+    """How many behaviors are with it, at most 65,535; 0 where there is none."""
 
 
 NO_ITEM = torch.iinfo(torch.int64).max
@@ -122,7 +122,7 @@ def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
     count = kept.values[:, :width] * (num_items > 0)
     found = ordered.gather(1, kept.indices[:, :width]).masked_fill(count == 0, NO_ITEM)
     found, order = found.sort(1)
-    return Remembered(found, count.gather(1, order))
+    return Remembered(found, count.gather(1, order).clamp(max=MOST_TIMES))
 
 
 def attend_interests(

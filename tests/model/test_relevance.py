@@ -235,6 +235,12 @@ def test_the_most_frequent_items_are_those_of_a_counter(histories, num_items):
     assert (found.item.diff(dim=1) >= 0).all()
 
 
+def test_counts_stop_at_what_two_bytes_hold():
+    history = np.full(70_000, 5)
+    kept = most_frequent(history, np.array([0, 70_000]), 3)
+    assert kept.times.tolist() == remember(torch.from_numpy(history)[None], 3).times[0].tolist() == [65_535]
+
+
 def test_a_target_attends_to_its_own_past_as_to_one_more_interest():
     """By hand: one interest of 4 at rho = 0, and 2 behaviors with the target itself at rho = ln 8: weights 4 : 16."""
     interests = Interests(
