@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster bench-refresh down clean status
+.PHONY: help install run test check bench-cluster bench-refresh bench-train down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -38,7 +38,13 @@ $(VENV)/installed-%: requirements-%.txt $(STAMP)
 	  || { cat $(VENV)/pip.err; exit 1; }
 	@touch $@
 
-test: $(VENV)/installed-spark $(VENV)/installed-bench ## run the whole suite, with real servers
+$(VENV)/installed-fuxictr: requirements-fuxictr.txt $(STAMP)
+	@echo "installing $< into $(VENV), a second"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $< 2>$(VENV)/pip.err \
+	  || { cat $(VENV)/pip.err; exit 1; }
+	@touch $@
+
+test: $(VENV)/installed-spark $(VENV)/installed-bench $(VENV)/installed-fuxictr ## run the whole suite, with real servers
 	@exec $(BIN)/python -m pytest
 
 check: $(STAMP) ## format, lint and type check
@@ -54,6 +60,9 @@ bench-cluster: $(VENV)/installed-bench ## behaviors clustered a second, against 
 
 bench-refresh: $(VENV)/installed-bench ## refresh of 10 to 100 M behaviors, against sorting them (16 GB of disk, 7 minutes)
 	@$(BIN)/python -m benchmarks.refresh
+
+bench-train: $(VENV)/installed-fuxictr ## impressions trained a second, against DIN and SIM of FuxiCTR (4 minutes)
+	@$(BIN)/python -m benchmarks.train
 
 down: ## stop the local stack; data stay
 	@test ! -x $(BIN)/encode || $(BIN)/encode stack down
