@@ -51,7 +51,8 @@ from encode.data.histories import Histories, to_histories
 from encode.data.impressions import draw_impressions, snapshot_times
 from encode.data.partitions import quiet
 from encode.data.vocabulary import Vocabulary, build_vocabulary
-from encode.evaluate.replay import Replay, batches, make_replay
+from encode.evaluate.batches import batches
+from encode.evaluate.replay import Replay, make_replay
 from encode.interests.clustered import Clustered
 from encode.model.ctr import Reader, Tables
 from encode.schema import BEHAVIORS, Window, day_start
@@ -217,7 +218,7 @@ class Ours:
         vocabulary, self.replay = data.vocabulary, data.replay
         self.tables = Tables(MODEL, torch.from_numpy(vocabulary.category_index), vocabulary.num_categories)
         self.reader = Reader(MODEL, Clustered(MODEL, ClusteringConfig()))
-        self.optimizers = train._optimizers(self.tables, self.reader, TRAINING)
+        self.optimizers = train.optimizers_of(self.tables, self.reader, TRAINING)
 
     def run(self) -> Run:
         """Train an epoch."""
@@ -231,7 +232,7 @@ class Ours:
             for optimizer in self.optimizers:
                 steps.enter_context(patch.object(optimizer, "step", clock.timed("optimizer", optimizer.step)))
             began = time.perf_counter()
-            train._run_epoch(
+            train.run_epoch(
                 self.tables,
                 self.reader,
                 self.replay,

@@ -23,8 +23,10 @@ from encode.data.impressions import Splits, draw_impressions, snapshot_times, sp
 from encode.data.vocabulary import Vocabulary, build_vocabulary
 from encode.distributed import place, sum_arrays, sum_gradients
 from encode.errors import DataError
+from encode.evaluate.batches import Batch, batches
 from encode.evaluate.metrics import curves, summary
-from encode.evaluate.replay import Batch, Replay, assign, batches, make_replay, predict, read_batch
+from encode.evaluate.reading import predict, read_batch
+from encode.evaluate.replay import Replay, assign, make_replay
 from encode.interests.clustered import Clustered, cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.model.ctr import Reader, Tables
@@ -145,7 +147,7 @@ def fit(
     Raises:
         DataError: no user of the validation days has both classes.
     """
-    optimizers = _optimizers(tables, reader, training)
+    optimizers = optimizers_of(tables, reader, training)
     torch.manual_seed(training.seed + place()[0])  # of dropout, which each process draws for itself
     rng = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
@@ -154,7 +156,7 @@ def fit(
     best = copy.deepcopy((tables.state_dict(), reader.state_dict()))
     for epoch in range(training.num_epochs):
         started = time.monotonic()
-        losses = _run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
+        losses = run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
         tables.follow(train.counts())
         measured = summary(shown.user, shown.labels, predict(tables.all_items(), reader, valid), shown.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
@@ -174,7 +176,7 @@ def fit(
     return epochs
 
 
-def _optimizers(tables: Tables, reader: Reader, training: TrainingConfig) -> list[torch.optim.Optimizer]:
+def optimizers_of(tables: Tables, reader: Reader, training: TrainingConfig) -> list[torch.optim.Optimizer]:
     """Return Adam for the tables by id, which touches the rows of a batch only, and AdamW for all else."""
     by_id = tables.by_id()
     known = {id(parameter) for parameter in by_id}
@@ -191,7 +193,7 @@ def best_epoch(epochs: list[dict[str, float]]) -> int:
     return int(np.argmax([epoch["valid_gauc"] for epoch in epochs]))
 
 
-def _run_epoch(
+def run_epoch(
     tables: Tables,
     reader: Reader,
     replay: Replay,

@@ -12,7 +12,8 @@ import torch
 
 from encode.config import ClusteringConfig, ModelConfig, TrainingConfig
 from encode.distributed import joined, place, sum_arrays, sum_gradients
-from encode.evaluate.replay import make_replay, predict
+from encode.evaluate.reading import predict
+from encode.evaluate.replay import make_replay
 from encode.interests.clustered import Clustered
 from encode.model.ctr import Reader, Tables
 from encode.quality.tasks import load_task

@@ -18,7 +18,8 @@ from encode.config import ModelConfig, TrainingConfig
 from encode.data.histories import Histories
 from encode.errors import ConfigError
 from encode.evaluate.metrics import curves, summary
-from encode.evaluate.replay import Replay, make_replay, predict
+from encode.evaluate.reading import predict
+from encode.evaluate.replay import Replay, make_replay
 from encode.model.ctr import Reader, Tables
 from encode.model.long_term import LongTerm, Sizes
 from encode.outputs import git_commit

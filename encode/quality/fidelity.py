@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encode.evaluate.replay import Replay, assign, batches, history_of, of_batch, targets_of
+from encode.evaluate.batches import batches
+from encode.evaluate.reading import HISTORIES_PER_BATCH, history_of, of_batch, targets_of
+from encode.evaluate.replay import Replay, assign
 from encode.model.ctr import Encode, Reader
 from encode.model.long_term import Catalog, History, LongTerm, Sizes, Target
 from encode.quality.rivals.attention import FullAttention
@@ -49,7 +51,7 @@ def measure_fidelity(table: Catalog, reader: Reader, replay: Replay) -> Fidelity
     with torch.no_grad():
         labels = assign(replay, table, reader.long_term.assign)
         every = max(1, len(replay.impressions) // _IMPRESSIONS)
-        for batch in islice(batches(replay, labels), 0, None, every):
+        for batch in islice(batches(replay, labels, HISTORIES_PER_BATCH), 0, None, every):
             items = of_batch(table, batch)
             history, target = history_of(items, batch, reader.scale), targets_of(items, batch)
             ours.append(_vectors(reader.long_term, history, target)[batch.place])

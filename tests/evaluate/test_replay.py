@@ -17,8 +17,11 @@ from encode.data.histories import Histories, to_histories
 from encode.data.impressions import Impressions, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary
 from encode.errors import DataError
-from encode.evaluate import replay as replays
-from encode.evaluate.replay import assign, batches, make_replay, predict
+from encode.evaluate import batches as batching
+from encode.evaluate import reading
+from encode.evaluate.batches import batches
+from encode.evaluate.reading import predict
+from encode.evaluate.replay import assign, make_replay
 from encode.interests.clustered import Clustered
 from encode.model.ctr import Reader, Tables
 from encode.schema import BEHAVIORS, PADDING, SECONDS_PER_DAY, UNKNOWN, Window, day_of, day_start
@@ -222,7 +225,7 @@ def test_batch_size_changes_nothing(model, size, monkeypatch):
     histories = draw_histories(0)
     impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
     before = scores(model, histories, impressions)
-    monkeypatch.setattr(replays, "_HISTORIES_PER_BATCH", size)
+    monkeypatch.setattr(reading, "HISTORIES_PER_BATCH", size)
     np.testing.assert_allclose(scores(model, histories, impressions), before, atol=1e-6)
 
 
@@ -235,7 +238,7 @@ def test_shuffled_batches_hold_the_same(model):
     order = []
     for batch in batches(replay, labels, 4, np.random.default_rng(0)):
         with torch.no_grad():
-            logit, _ = replays.read_batch(replays.of_batch(model[0], batch), model[1], batch)
+            logit, _ = reading.read_batch(reading.of_batch(model[0], batch), model[1], batch)
         found[batch.rows] = torch.sigmoid(logit)
         order += batch.rows.tolist()
     assert order != sorted(order)
@@ -292,10 +295,10 @@ def test_a_history_with_many_impressions_is_read_in_turns(model, monkeypatch):
     impressions = draw_impressions(histories, DAYS, TRAINING, 10**6)
     before = scores(model, histories, impressions)
     replay = replay_of(histories, impressions)
-    monkeypatch.setattr(replays, "_MAX_TARGETS", 7)
+    monkeypatch.setattr(batching, "_MAX_TARGETS", 7)
     np.testing.assert_allclose(scores(model, histories, impressions), before, atol=1e-6)
     assert np.diff(replay.impression_offsets).max() > 7
-    assert max(batch.target.shape[1] for batch in batches(replay, None)) == 7
+    assert max(batch.target.shape[1] for batch in batches(replay, None, 64)) == 7
 
 
 def test_counts_are_of_all_that_is_in_a_history():

@@ -14,7 +14,9 @@ from encode.data.histories import Histories
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
 from encode.errors import ConfigError
-from encode.evaluate.replay import assign, batches, history_of, make_replay, of_batch, read_batch, targets_of
+from encode.evaluate.batches import batches
+from encode.evaluate.reading import history_of, of_batch, read_batch, targets_of
+from encode.evaluate.replay import assign, make_replay
 from encode.model.ctr import Reader, Tables
 from encode.model.long_term import Sizes
 from encode.quality.bench import SETUP
@@ -79,7 +81,7 @@ def test_every_model_trains_and_minds_its_own_user(name):
     labels = assign(replay, tables.all_items(), reader.long_term.assign)
 
     # It trains: every gradient is finite, an empty history among the others or not.
-    (batch,) = batches(replay, labels, rng=np.random.default_rng(0))
+    (batch,) = batches(replay, labels, 64, np.random.default_rng(0))
     logit, auxiliary = read_batch(tables.items(batch.items), reader.train(), batch)
     (F.binary_cross_entropy_with_logits(logit, batch.label) + auxiliary).backward()
     gradients = [p.grad.to_dense() for p in (*tables.parameters(), *reader.parameters()) if p.grad is not None]
@@ -90,7 +92,7 @@ def test_every_model_trains_and_minds_its_own_user(name):
     reader.eval()
     table = tables.all_items()
     with torch.no_grad():
-        (batch,) = batches(replay, labels)
+        (batch,) = batches(replay, labels, 64)
         whole = torch.empty(len(batch.rows))
         whole[batch.rows] = read_batch(of_batch(table, batch), reader, batch)[0]
         assert len(whole) == sum(SHOWN)
@@ -124,7 +126,7 @@ def test_what_may_be_kept_is_smaller_than_the_history(name):
     """`target_free` says that the state may be stored instead of 2,000 behaviors; otherwise it holds them."""
     _, tables, reader = made(name)
     replay, table = replay_of((2_000,), (1,)), tables.all_items()
-    (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign))
+    (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign), 64)
     with torch.no_grad():
         history = history_of(of_batch(table, batch), batch, reader.scale)
         state = reader.long_term.summarise(history)
@@ -139,7 +141,7 @@ def test_what_may_be_kept_is_smaller_than_the_history(name):
 def test_a_batch_of_empty_histories_is_read(name):
     _, tables, reader = made(name)
     replay, table = replay_of((0, 0, 5), (2, 1, 0)), tables.all_items()
-    (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign))
+    (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign), 64)
     logit, _ = read_batch(of_batch(table, batch), reader, batch)
     assert logit.isfinite().all()
 

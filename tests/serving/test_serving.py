@@ -22,7 +22,8 @@ from encode.config import ClusteringConfig, ModelConfig, Places, RegistryConfig
 from encode.data.histories import history_batch, to_histories
 from encode.data.impressions import Impressions
 from encode.data.vocabulary import Vocabulary
-from encode.evaluate.replay import make_replay, predict
+from encode.evaluate.reading import predict
+from encode.evaluate.replay import make_replay
 from encode.interests.clustered import cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file, write_space
