@@ -115,11 +115,11 @@ class Encode(LongTerm):
         """Pool the clusters of each history: what `interests.extract` does offline, with gradients."""
         num_users, num_clusters = len(history.mask), 1 + int(history.cluster.max()) if history.cluster.numel() else 1
         first = num_clusters * torch.arange(num_users, device=history.mask.device)[:, None]
-        segment = (first + history.cluster)[history.mask]
+        segment = (first + history.cluster).masked_fill(~history.mask, num_users * num_clusters)
         interests = pool_interests(
-            history.embedding[history.mask],
-            history.key[history.mask],
-            segment,
+            history.embedding.flatten(0, 1),
+            history.key.flatten(0, 1),
+            segment.flatten(),
             num_users,
             num_clusters,
             history.scale,

@@ -199,24 +199,26 @@ def pool_interests(
     Args:
         embedding: e_i of all behaviors of all users, in any order.
         key: h_i, unit vectors.
-        segment: user * num_clusters + cluster of each behavior.
+        segment: user * num_clusters + cluster of each behavior; num_users * num_clusters for what counts nowhere.
         num_users: G; users without behaviors get empty clusters.
         num_clusters: K.
         scale: of the relevance.
         by_relevance: False pools by the mean.
     """
     total = num_users * num_clusters
-    ones = torch.ones_like(segment, dtype=key.dtype)
-    size = key.new_zeros(total).index_add(0, segment, ones)
-    center = key.new_zeros(total, key.shape[1]).index_add(0, segment, key) / size.clamp(min=1)[:, None]
+
+    def summed(rows: Float[Tensor, "N C"]) -> Float[Tensor, "S C"]:
+        return rows.new_zeros(total + 1, rows.shape[1]).index_add(0, segment, rows)[:total]
+
+    size = torch.bincount(segment, minlength=total + 1)[:total].to(key.dtype)
+    center = summed(key) / size.clamp(min=1)[:, None]
     if by_relevance:
+        direction = F.pad(F.normalize(center, dim=1), (0, 0, 0, 1))
         # rho(c, h) is at most the scale, so subtracting it keeps exp in range without a maximum per segment.
-        weight = torch.exp(relevance(F.normalize(center, dim=1)[segment], key, scale) - scale)
-        mass = key.new_zeros(total).index_add(0, segment, weight)
+        weight = torch.exp(relevance(direction[segment], key, scale) - scale)[:, None]
+        value = summed(weight * embedding) / summed(weight).where(size[:, None] > 0, 1)
     else:
-        weight, mass = ones, size
-    share = weight / mass[segment]
-    value = embedding.new_zeros(total, embedding.shape[1]).index_add(0, segment, embedding * share[:, None])
+        value = summed(embedding) / size.clamp(min=1)[:, None]
     shape = (num_users, num_clusters)
     # Not -1: with no users it would be ambiguous.
     return Interests(center.view(*shape, key.shape[1]), value.view(*shape, embedding.shape[1]), size.view(shape), scale)
