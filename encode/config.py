@@ -158,6 +158,15 @@ class TrainingConfig(Section):
     """Threads of an update. Another number gives other bytes: sums are taken in another order."""
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.snapshot_days > self.train_days:
+            raise ValueError(
+                f"snapshot_days {self.snapshot_days} must not exceed train_days {self.train_days}: the model would be "
+                "trained with the interests of the first day alone; set it to how often interests will be refreshed"
+            )
+        return self
+
 
 class RefreshConfig(Section):
     """How histories are grouped and interests are refreshed. Only `engine` and `memory_gb` never change a byte."""

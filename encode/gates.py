@@ -84,8 +84,9 @@ def pass_gates(
     missed = [str(gate) for gate in gates if not gate.passed]
     if missed:
         registry.tag(candidate, REFUSED, "; ".join(missed))
+        serves = "the champion still serves" if champion is not None else "there is no champion yet, nothing serves"
         raise QualityError(
-            f"version {candidate.number} misses its gates: {'; '.join(missed)}; the champion still serves. "
+            f"version {candidate.number} misses its gates: {'; '.join(missed)}; {serves}. "
             "Train another candidate, or change the release section of the preset if the gate is wrong"
         )
     return {gate.name: gate.value for gate in gates}

@@ -6,6 +6,8 @@ again, and its steps would find their outputs anyway.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date, timedelta
@@ -132,7 +134,9 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     say(f"{'credentials':<12} {stack.credentials_file} (Airflow user and password, S3 keys)")
     say("")
     items = ",".join(map(str, answer["item_ids"]))
-    say(f"next: encode explain {answer['user_id']}  |  encode score --user {answer['user_id']} --items {items}")
+    encode = os.path.relpath(sys.argv[0]) if sys.argv[0].endswith("encode") else "encode"
+    user = answer["user_id"]
+    say(f"next: {encode} explain {user}  |  {encode} score --user {user} --items {items}")
     say(f"all done after {seconds:.0f} s; `make down` stops the stack")
 
 

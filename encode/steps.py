@@ -229,5 +229,5 @@ def erase(config: Config, places: Places, user_ids: Sequence[int], say: Say = pr
     from encode.data.erasures import erase_users
 
     total = erase_users(open_log(places, config.name), user_ids)
-    say(f"{total:,} users are on the list; the next refresh publishes interests without them")
+    say(f"{total:,} users are on the list; a refresh makes interests without them, a release serves those")
     return {"erased": total}

@@ -29,6 +29,10 @@ def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "training: {train_days: 5}",
+            r"training: .*snapshot_days 7 must not exceed train_days 5: .*; set it to how often",
+        ),
         ("training: {epochs: 3}", r"training.epochs: unknown key; expected one of train_days.*num_epochs"),
         ("trainig: {}", r"trainig: unknown key; expected one of name, source"),
         ("clustering: {num_clusters: 0}", r"clustering.num_clusters: .*greater than 0, found 0"),

@@ -9,7 +9,7 @@ report.json          curves for people
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple, cast
@@ -22,7 +22,6 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from encode.config import ModelConfig, Section
 from encode.errors import ArtifactError
@@ -107,8 +106,8 @@ def model_files(
         "center": torch.cat([user.known.interests.center for user in users]),
         "value": torch.cat([user.known.interests.value for user in users]),
         "size": torch.cat([user.known.interests.size for user in users]),
-        "item": pad_sequence([user.known.remembered.item[0] for user in users], True, NO_ITEM),
-        "times": pad_sequence([user.known.remembered.times[0] for user in users], True),
+        "item": _padded([user.known.remembered.item[0] for user in users], NO_ITEM),
+        "times": _padded([user.known.remembered.times[0] for user in users], 0),
         "recent": torch.stack([user.recent for user in users]),
         "target": targets,
         "probability": expected,
@@ -192,6 +191,17 @@ def user_state(
     remembered = Remembered(torch.from_numpy(items)[None], torch.from_numpy(counts)[None])
     interests = Interests(center[None], value[None], size[None], torch.tensor(scale))
     return UserState(Known(interests, remembered), torch.from_numpy(recent))
+
+
+def _padded(rows: Sequence[Tensor], filler: int) -> Tensor:
+    """Return rows of different lengths as one tensor, [U, longest].
+
+    torch's `pad_sequence` passes the filler through a float, which the largest int64 does not survive.
+    """
+    padded = torch.full((len(rows), max(map(len, rows))), filler)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return padded
 
 
 def _save(tensors: Mapping[str, Tensor]) -> bytes:

@@ -64,7 +64,8 @@ def open_log(places: Places, name: str) -> Storage:
             found = storage.get_versioned(_LOG)
     if found is not None and found[0] != ours:
         raise ConfigError(
-            f"{storage.uri}: holds another log: found {found[0].decode()}, this preset is {ours.decode()}; use another "
-            "store (ENCODE_STORE, ENCODE_HOME or --workdir), or remove this one first (`encode stack clean`)"
+            f"{storage.uri}/{_LOG}: the store holds another log: found {found[0].decode()}, this preset is "
+            f"{ours.decode()}; use another store (ENCODE_STORE, ENCODE_HOME or --workdir), or remove that file if nothing "
+            "of the other log is needed"
         )
     return storage

@@ -418,7 +418,7 @@ def test_days_without_positives_or_without_a_past_are_refused():
 
 
 def test_splits_follow_one_another_up_to_the_end():
-    config = TrainingConfig(train_days=5, valid_days=2, test_days=3)
+    config = TrainingConfig(train_days=5, valid_days=2, test_days=3, snapshot_days=1)
     splits = split_days(Window(date(2024, 3, 1), date(2024, 3, 12)), config)
     assert splits.train == Window(date(2024, 3, 2), date(2024, 3, 7))
     assert splits.valid == Window(date(2024, 3, 7), date(2024, 3, 9))

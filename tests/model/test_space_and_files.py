@@ -26,6 +26,7 @@ from encode.model.files import (
     read_user,
     user_state,
 )
+from encode.model.relevance import NO_ITEM
 from encode.model.space import SPACE_FILES, SpaceConfig, load_space, space_of
 
 MODEL = ModelConfig(embedding_dim=6, category_dim=2, projected_dim=3, recent_length=4, hidden_dims=(8,))
@@ -64,16 +65,12 @@ def files(space_and_reader):
     space, reader = space_and_reader
     generator = torch.Generator().manual_seed(1)
     rows = torch.tensor([2, 4, 6])
+    sizes = [3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    remembered = REMEMBERED, (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.arange(2, 9), np.arange(1, 8))
+    interests, recent = (space.items.key[rows], space.items.embedding[rows]), np.array([6, 5, 0, 0])
     users = [
-        user_state(
-            space.items.key[rows],
-            space.items.embedding[rows],
-            torch.tensor(size),
-            space.scale,
-            *REMEMBERED,
-            np.array([6, 5, 0, 0]),
-        )
-        for size in ([3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+        user_state(*interests, torch.tensor(size), space.scale, *items, recent)
+        for size, items in zip(sizes, remembered, strict=True)
     ]
     card = ModelCard(
         model=MODEL,
@@ -309,6 +306,15 @@ def test_mirror_fails_on_a_probability_that_is_no_number(space_and_reader, files
         reader.log_scale.fill_(float("nan"))
     with pytest.raises(ArtifactError, match="mirror test"):
         check_mirror(files, reader, space.items, "over here")
+
+
+def test_the_mirror_holds_what_each_user_remembers(files):
+    """Rows are of different lengths, and stay ascending: a candidate is looked up in them."""
+    mirror = load(files["mirror.safetensors"])
+    assert mirror["item"].shape == (3, 8)
+    assert (np.diff(mirror["item"]) >= 0).all()
+    assert mirror["item"][0].tolist() == [4, 6, *[NO_ITEM] * 6]
+    assert mirror["times"].tolist() == [[2, 1, *[0] * 6], [0] * 8, [1, 2, 3, 4, 5, 6, 7, 0]]
 
 
 def test_mirror_fails_in_a_smaller_space(space_and_reader, files):
