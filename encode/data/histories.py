@@ -59,18 +59,28 @@ class Histories:
 
     def before(self, timestamp: int) -> Histories:
         """Return the behaviors strictly before `timestamp`; users who have none are left out."""
-        kept = self.timestamps < timestamp
-        ends = np.concatenate([[0], np.cumsum(kept)])[self.offsets]
-        counts = np.diff(ends)
+        return self.keep(self.timestamps < timestamp)
+
+    def keep(self, kept: npt.NDArray[np.bool_]) -> Histories:
+        """Return some of the behaviors, [N]; users who have none left are left out."""
+        counts = np.bincount(self.user_of[kept], minlength=len(self))
         return Histories(
             self.user_ids[counts > 0],
-            np.concatenate([[0], np.cumsum(counts[counts > 0])]),
+            np.append(0, np.cumsum(counts[counts > 0])),
             self.item_ids[kept],
             self.category_ids[kept],
             self.timestamps[kept],
             self.behaviors[kept],
             self.behavior_names,
         )
+
+    def rows_before(self, user: Ints, timestamp: Ints) -> Ints:
+        """Return the row after the last behavior of each user, by place, strictly before each timestamp."""
+        start = min(self.timestamps.min(initial=0), timestamp.min(initial=0))
+        span = max(self.timestamps.max(initial=0), timestamp.max(initial=0)) - start + 1
+        place = self.user_of * span + (self.timestamps - start)
+        rows: Ints = np.searchsorted(place, user * span + (timestamp - start))
+        return rows
 
 
 def rows_of(begin: Ints, end: Ints) -> tuple[Ints, Ints]:

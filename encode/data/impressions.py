@@ -99,7 +99,7 @@ def draw_impressions(histories: Histories, days: Window, config: TrainingConfig,
         raise DataError(f"days {days}: no positives: expected {kinds}, have {', '.join(histories.behavior_names)}")
     if len(positives) > max_positives:
         positives = np.sort(rng.choice(positives, max_positives, replace=False))
-    seen = _FirstSeen(histories)
+    seen = FirstSeen(histories)
     user = np.repeat(seen.user_of[positives], config.num_negatives)
     until = (histories.timestamps[positives] // SECONDS_PER_DAY + 1) * SECONDS_PER_DAY
     rows, drawn = _draw_negatives(histories, days, config, seen, user, np.repeat(until, config.num_negatives), rng)
@@ -120,14 +120,14 @@ def draw_impressions(histories: Histories, days: Window, config: TrainingConfig,
     )
 
 
-class _FirstSeen:
+class FirstSeen:
     """When each user first had a behavior with each item."""
 
     def __init__(self, histories: Histories) -> None:
-        items, code_of = np.unique(histories.item_ids, return_inverse=True)
+        self._items, code_of = np.unique(histories.item_ids, return_inverse=True)
         self.code_of: Ints = code_of
         self.user_of = histories.user_of
-        self._num_items = len(items)
+        self._num_items = len(self._items)
         # Rows are in time order within a user, so the first row of a pair is its earliest.
         self._pairs, first = np.unique(self.user_of * self._num_items + self.code_of, return_index=True)
         self._timestamps = histories.timestamps[first]
@@ -138,12 +138,18 @@ class _FirstSeen:
         place = np.searchsorted(self._pairs, pair).clip(max=len(self._pairs) - 1)
         return np.where(self._pairs[place] == pair, self._timestamps[place], np.iinfo(np.int64).max)
 
+    def is_first(self, user: Ints, item_ids: Ints, timestamps: Ints) -> npt.NDArray[np.bool_]:
+        """Tell where a user had no behavior with an item strictly before a timestamp; items may be unknown here."""
+        code = np.searchsorted(self._items, item_ids).clip(max=self._num_items - 1)
+        fresh = (self._items[code] != item_ids) | (self.first_timestamp(user, code) >= timestamps)
+        return np.asarray(fresh)
+
 
 def _draw_negatives(
     histories: Histories,
     days: Window,
     config: TrainingConfig,
-    seen: _FirstSeen,
+    seen: FirstSeen,
     user: Ints,
     until: Ints,
     rng: np.random.Generator,

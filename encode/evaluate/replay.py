@@ -91,8 +91,8 @@ def make_replay(
     new = np.append(True, (impressions.user[1:] != impressions.user[:-1]) | (as_of[1:] != as_of[:-1]))
     first = np.flatnonzero(new[: len(impressions)])
     user = impressions.user[first]
-    recent_end = _row_before(histories, impressions.user, impressions.timestamps)
-    begin, end = histories.offsets[user], _row_before(histories, user, as_of[first])
+    recent_end = histories.rows_before(impressions.user, impressions.timestamps)
+    begin, end = histories.offsets[user], histories.rows_before(user, as_of[first])
     return Replay(
         impressions=impressions,
         behavior_index=vocabulary.index(histories.item_ids, histories.category_ids),
@@ -109,15 +109,6 @@ def make_replay(
         recent_end=recent_end,
         recent_length=recent_length,
     )
-
-
-def _row_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
-    """Return the row after the last behavior of each user strictly before each timestamp."""
-    start = min(histories.timestamps.min(initial=0), timestamp.min(initial=0))
-    span = max(histories.timestamps.max(initial=0), timestamp.max(initial=0)) - start + 1
-    place = histories.user_of * span + (histories.timestamps - start)
-    rows: Ints = np.searchsorted(place, user * span + (timestamp - start))
-    return rows
 
 
 def assign(replay: Replay, catalog: Catalog, offline: Offline) -> list[Labels] | None:

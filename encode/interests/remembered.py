@@ -49,43 +49,35 @@ def most_frequent(index: Ints, offsets: Ints, num_items: int) -> Items:
 
 @compiled
 def _fill(index: Ints, offsets: Ints, num_items: int, ends: Ints32, items: Ints32, counts: Counts) -> None:
+    longest = np.diff(offsets).max()
+    item, times = np.empty(longest, np.int64), np.empty(longest, np.int64)
     filled = 0
     for user in range(len(offsets) - 1):
-        ordered = np.sort(index[offsets[user] : offsets[user + 1]])
-        distinct = 0
-        for i in range(len(ordered)):
-            if ordered[i] > UNKNOWN and (i == 0 or ordered[i] != ordered[i - 1]):
-                distinct += 1
-        lowest, of_lowest = _lowest_count(ordered, distinct, num_items)
-        i = 0
-        while i < len(ordered):
-            end = i + 1
-            while end < len(ordered) and ordered[end] == ordered[i]:
-                end += 1
-            if ordered[i] > UNKNOWN and (end - i > lowest or (end - i == lowest and of_lowest > 0)):
-                of_lowest -= end - i == lowest
-                items[filled] = ordered[i]
-                counts[filled] = min(end - i, MOST_TIMES)
+        distinct = _count(np.sort(index[offsets[user] : offsets[user + 1]]), item, times)
+        # Of the items with the smallest count that is kept, the first `of_lowest` are.
+        lowest, of_lowest = 0, 0
+        if distinct > num_items:
+            kept = np.sort(times[:distinct])[distinct - num_items :]
+            lowest = kept[0]
+            of_lowest = (kept == lowest).sum()
+        for place in range(distinct):
+            if times[place] > lowest or (times[place] == lowest and of_lowest > 0):
+                of_lowest -= times[place] == lowest
+                items[filled] = item[place]
+                counts[filled] = min(times[place], MOST_TIMES)
                 filled += 1
-            i = end
         ends[user + 1] = filled
 
 
 @compiled
-def _lowest_count(ordered: Ints, distinct: int, num_items: int) -> tuple[int, int]:
-    """Return the smallest count of an item that is kept, and how many of the items with it are kept."""
-    if distinct <= num_items:
-        return 0, 0
-    runs, run = np.empty(distinct, np.int64), 0
-    i = 0
-    while i < len(ordered):
-        end = i + 1
-        while end < len(ordered) and ordered[end] == ordered[i]:
-            end += 1
+def _count(ordered: Ints, item: Ints, times: Ints) -> int:
+    """Fill in the distinct items of a user, ascending, and how often each occurs; return how many there are."""
+    distinct = 0
+    for i in range(len(ordered)):
         if ordered[i] > UNKNOWN:
-            runs[run] = end - i
-            run += 1
-        i = end
-    runs.sort()
-    lowest = runs[distinct - num_items]
-    return lowest, (runs[distinct - num_items :] == lowest).sum()
+            if distinct == 0 or ordered[i] != item[distinct - 1]:
+                item[distinct] = ordered[i]
+                times[distinct] = 0
+                distinct += 1
+            times[distinct - 1] += 1
+    return distinct

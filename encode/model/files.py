@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -57,16 +57,8 @@ class UserState:
     """Vocabulary index of the last behaviors, oldest first, padded with 0 at the end."""
 
 
-class Reading(NamedTuple):
-    """What the candidates of one user get."""
-
-    logit: Float[Tensor, " B"]
-    interest_weights: Float[Tensor, "B K_plus_1"]
-    """beta: the attention of each candidate over the user's interests, and over what is remembered of itself, last."""
-
-
-def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]) -> Reading:
-    """Let candidates read one user: O(K (P + D)) each, whatever the length of the history.
+def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return the logit of each candidate of one user: O(K (P + D)) each, whatever the length of the history.
 
     Args:
         reader: the model.
@@ -80,10 +72,21 @@ def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Ten
         recent = Recent(
             table.embedding[user.recent][None], table.key[user.recent][None], (user.recent != PADDING)[None]
         )
-        candidates = Target(
-            table.embedding[target][None], table.key[target][None], target[None], table.category[target][None]
-        )
-        return Reading(reader(of_user, recent, candidates), encode.attention(user.known, candidates).weights[0])
+        logit: Tensor = reader(of_user, recent, _candidates(table, target))
+        return logit
+
+
+def interest_weights(
+    reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]
+) -> Float[Tensor, "B K_plus_1"]:
+    """Return beta: the attention of each candidate over the interests, and over what is remembered of itself, last."""
+    encode = cast(Encode, reader.long_term)
+    with torch.no_grad():
+        return encode.attention(user.known, _candidates(table, target)).weights[0]
+
+
+def _candidates(table: Catalog, target: Int64[Tensor, " B"]) -> Target:
+    return Target(table.embedding[target][None], table.key[target][None], target[None], table.category[target][None])
 
 
 def model_files(
@@ -97,10 +100,7 @@ def model_files(
     """Return the files of a model; `users` and `targets` become its mirror test."""
     reader.eval()
     expected = torch.stack(
-        [
-            torch.sigmoid(read_user(reader, table, user, target).logit)
-            for user, target in zip(users, targets, strict=True)
-        ]
+        [torch.sigmoid(read_user(reader, table, user, target)) for user, target in zip(users, targets, strict=True)]
     )
     mirror = {
         "center": torch.cat([user.known.interests.center for user in users]),
@@ -155,8 +155,8 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, whe
             one = slice(place, place + 1)
             interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one], reader.scale)
             known = Known(interests, Remembered(mirror["item"][one], mirror["times"][one]))
-            reading = read_user(reader, table, UserState(known, mirror["recent"][place]), mirror["target"][place])
-            off = (torch.sigmoid(reading.logit) - mirror["probability"][place]).abs().max()
+            logit = read_user(reader, table, UserState(known, mirror["recent"][place]), mirror["target"][place])
+            off = (torch.sigmoid(logit) - mirror["probability"][place]).abs().max()
             worst = max(worst, float(off.nan_to_num(nan=1.0)))
     except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
         raise ArtifactError(f"{where}: mirror test cannot run ({type(error).__name__}: {error})") from None

@@ -73,11 +73,26 @@ def attend(
     """
     # The lowest number rather than -inf: a group without any slot gives zeros then, and finite gradients.
     prior = log_prior.masked_fill(~mask, torch.finfo(query.dtype).min)
-    logits = relevance_of_all(query, keys, scale) + prior[:, None]
-    weights = F.softmax(logits, 2) * mask[:, None]
-    mass = torch.logsumexp(prior, 1)[:, None]
-    affinity = (torch.logsumexp(logits, 2) - mass).where(mask.any(1)[:, None], 0)
+    prior = prior[:, None]
+    weights, affinity = weigh(relevance_of_all(query, keys, scale) + prior, prior)
     return Attention(weights @ values, affinity, weights)
+
+
+def weigh(
+    logits: Float[Tensor, "G T M"], log_prior: Float[Tensor, "G _ M"]
+) -> tuple[Float[Tensor, "G T M"], Float[Tensor, "G T"]]:
+    """Return the softmax over slots, and the affinity to all of them; see `Attention`.
+
+    Args:
+        logits: relevance plus prior.
+        log_prior: of each target or of all, in nats; the lowest number, in the logits too, where there is no slot.
+
+    Returns:
+        Weights and affinity; 0 where there is no slot at all.
+    """
+    some = (log_prior > torch.finfo(logits.dtype).min).any(2)
+    affinity = (torch.logsumexp(logits, 2) - torch.logsumexp(log_prior, 2)).where(some, 0)
+    return F.softmax(logits, 2) * some[..., None], affinity
 
 
 class Interests(NamedTuple):
@@ -155,10 +170,8 @@ def attend_interests(
     own, own_prior = attend_itself(query, item, remembered, interests.scale, size_prior)
     logits = torch.cat([relevance_of_all(query, interests.center, interests.scale) + prior, own], 2)
     prior = torch.cat([prior.expand(-1, item.shape[1], -1), own_prior], 2)
-    some = (prior > lowest).any(2)
-    weights = F.softmax(logits, 2) * some[..., None]
+    weights, affinity = weigh(logits, prior)
     value = weights[..., :-1] @ interests.value + weights[..., -1:] * embedding
-    affinity = (torch.logsumexp(logits, 2) - torch.logsumexp(prior, 2)).where(some, 0)
     return Attention(value, affinity, weights)
 
 

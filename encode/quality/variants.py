@@ -19,7 +19,7 @@ from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
 from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
 from encode.model.reduction import random_projection
-from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember
+from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember, weigh
 
 
 class Moments(NamedTuple):
@@ -168,9 +168,7 @@ class Variant(LongTerm):
 
     def read(self, state: Moments, target: Target) -> Read:
         """Return v, and the affinity of the target to the interests as a whole."""
-        mask = (state.size > 0)[:, None]
-        lowest = torch.finfo(target.key.dtype).min
-        prior = state.log_prior[:, None].masked_fill(~mask, lowest)
+        prior = state.log_prior.masked_fill(state.size == 0, torch.finfo(target.key.dtype).min)[:, None]
         logits = relevance_of_all(target.key, state.center, state.scale) + prior
         if state.variance is not None:
             spread = target.key.square() @ state.variance.transpose(1, 2)
@@ -178,15 +176,13 @@ class Variant(LongTerm):
         own, own_prior = attend_itself(target.key, target.item, state.remembered, state.scale, self.size_prior)
         logits = torch.cat([logits, own], 2)
         prior = torch.cat([prior.expand(-1, own.shape[1], -1), own_prior], 2)
-        some = mask.any(2) | (own_prior[..., 0] > lowest)
-        every = logits.softmax(2) * some[..., None]
+        every, affinity = weigh(logits, prior)
         weights = every[..., :-1]
         vector = weights @ state.value + every[..., -1:] * target.embedding
         if state.covariance is not None:
             tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
             vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
-        affinity = torch.logsumexp(logits, 2) - torch.logsumexp(prior, 2)
-        scalars = affinity.where(some, 0)[..., None]
+        scalars = affinity[..., None]
         return Read(vector[:, :, None], scalars if self.affinity else scalars[..., :0])
 
 

@@ -19,7 +19,15 @@ from encode.errors import ArtifactError
 from encode.interests.extract import state_of
 from encode.interests.snapshots import folder_of, read_space
 from encode.model.ctr import Reader
-from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest, read_user
+from encode.model.files import (
+    ModelCard,
+    UserState,
+    check_mirror,
+    interest_weights,
+    load_model,
+    model_digest,
+    read_user,
+)
 from encode.model.space import Space
 from encode.pointers import Pointer, read_current
 from encode.schema import UNKNOWN, digest
@@ -89,10 +97,10 @@ class Bundle:
         row = self.snapshot.find(user_id)
         target = self._index(item_ids, category_ids)
         user = self._with_recent(state_of(row, self.space), recent)
-        reading = read_user(self.reader, self.space.items, user, torch.from_numpy(target))
+        logit = read_user(self.reader, self.space.items, user, torch.from_numpy(target))
         known = self.space.vocabulary.is_item(target)
         return Scored(
-            torch.sigmoid(reading.logit).tolist(),
+            torch.sigmoid(logit).tolist(),
             row is None,
             [item for item, is_known in zip(item_ids, known, strict=True) if not is_known],
         )
@@ -122,8 +130,8 @@ class Bundle:
         if row is None:
             return None
         target = torch.from_numpy(self._index([item_id], None))
-        reading = read_user(self.reader, self.space.items, state_of(row, self.space), target)
-        *weights, itself = reading.interest_weights[0].tolist()
+        found = interest_weights(self.reader, self.space.items, state_of(row, self.space), target)
+        *weights, itself = found[0].tolist()
         return [*weights[: len(row["size"])], itself]
 
     def knows(self, item_id: int) -> bool:

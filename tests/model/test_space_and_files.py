@@ -20,6 +20,7 @@ from encode.model.files import (
     MODEL_FILES,
     ModelCard,
     check_mirror,
+    interest_weights,
     load_model,
     model_digest,
     model_files,
@@ -336,9 +337,11 @@ def test_a_candidate_is_scored_alone(space_and_reader):
         *REMEMBERED,
         np.array([4, 5, 0, 0]),
     )
-    together = read_user(reader, space.items, user, torch.arange(1, 7))
+    candidates = torch.arange(1, 7)
+    together, weights = (read(reader, space.items, user, candidates) for read in (read_user, interest_weights))
     for place in range(6):
-        alone = read_user(reader, space.items, user, torch.tensor([place + 1]))
-        torch.testing.assert_close(alone.logit[0], together.logit[place], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(alone.interest_weights[0], together.interest_weights[place], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(together.interest_weights.sum(1), torch.ones(6))
+        one = torch.tensor([place + 1])
+        alone, own_weights = (read(reader, space.items, user, one) for read in (read_user, interest_weights))
+        torch.testing.assert_close(alone[0], together[place], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(own_weights[0], weights[place], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(weights.sum(1), torch.ones(6))

@@ -16,14 +16,14 @@ import pytest
 
 from encode.config import TrainingConfig, load_config
 from encode.data.histories import to_histories
-from encode.data.impressions import draw_impressions, split_days
+from encode.data.impressions import FirstSeen, draw_impressions, split_days
 from encode.errors import ConfigError, DataError
 from encode.quality.tasks import load_task, ratings
 from encode.quality.tasks.columns import read_behaviors
 from encode.quality.tasks.planted import Planting, load_planted
 from encode.quality.tasks.purchases import draw_from_past
 from encode.quality.tasks.ratings import load_ratings, split_ratings
-from encode.quality.tasks.task import first_times, history_lengths, only, some_impressions, thin, with_users
+from encode.quality.tasks.task import history_lengths, some_impressions, thin, with_users
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, Window, day_of, day_start, digest
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "complete-journey.parquet"
@@ -565,14 +565,14 @@ def test_first_times_of_items_that_nobody_had():
         np.array([10, 20, 99, 30, 10, 5]),
         np.array([100, 201, 9, 101, 500, 9]),
     )
-    assert first_times(histories, user, items, when).tolist() == [True, False, True, False, True, True]
+    assert FirstSeen(histories).is_first(user, items, when).tolist() == [True, False, True, False, True, True]
 
 
 def test_users_without_behaviors_have_empty_histories():
     histories = with_users(histories_of([3, 7, 7], [10, 20, 30], [100, 200, 100]), np.array([9, 1, 7, 9]))
     assert histories.user_ids.tolist() == [1, 3, 7, 9]
     assert histories.offsets.tolist() == [0, 0, 1, 3, 3]
-    kept = only(histories, histories.item_ids != 10)
+    kept = histories.keep(histories.item_ids != 10)
     assert kept.user_ids.tolist() == [7]
     assert kept.item_ids.tolist() == [30, 20]
 

@@ -247,8 +247,8 @@ def test_recent_behaviors_count_as_if_they_had_been_in_the_history(client):
     own = state.recent[state.recent != 0]
     both = torch.cat([own, torch.from_numpy(VOCABULARY.index(np.array([20, 33])))])[-MODEL.recent_length :]
     user = UserState(state.known, both)
-    reading = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
-    assert changed == pytest.approx(torch.sigmoid(reading.logit).tolist(), abs=1e-6)
+    logit = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
+    assert changed == pytest.approx(torch.sigmoid(logit).tolist(), abs=1e-6)
 
 
 def test_more_recent_behaviors_than_are_read_push_out_the_oldest(client):

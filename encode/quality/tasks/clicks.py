@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from encode.data.histories import Histories, to_histories
-from encode.data.impressions import Impressions
+from encode.data.impressions import FirstSeen, Impressions
 from encode.errors import DataError
 from encode.quality.tasks.columns import BEHAVIORS_FILE, IMPRESSIONS_FILE, read_behaviors, read_labelled
 from encode.quality.tasks.task import (
@@ -17,7 +17,6 @@ from encode.quality.tasks.task import (
     QUICK_USERS,
     Shown,
     Task,
-    first_times,
     make_task,
     only_users,
     quick_splits,
@@ -116,6 +115,6 @@ def _shown(histories: Histories, table: pa.Table) -> Shown:
         categories,
         labels.astype(np.int8),
         timestamps,
-        first_times(histories, user, items, timestamps),
+        FirstSeen(histories).is_first(user, items, timestamps),
     )
     return Shown(impressions, timestamps // SECONDS_PER_DAY * SECONDS_PER_DAY)

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from encode.data.histories import Histories
-from encode.data.impressions import Impressions, snapshot_times
+from encode.data.impressions import FirstSeen, Impressions, snapshot_times
 from encode.evaluate.metrics import auc
-from encode.quality.tasks.task import MIN_ITEM_COUNT, Shown, Task, first_times, make_task, rows_before
+from encode.quality.tasks.task import MIN_ITEM_COUNT, Shown, Task, make_task
 from encode.schema import SECONDS_PER_DAY, Window, day_of, day_start
 
 Ints = npt.NDArray[np.int64]
@@ -214,7 +214,7 @@ def _show(
     item = _items(planting, category, rng)
     probability = users.click[user, category]
     labels = (rng.random(len(user)) < probability).astype(np.int8)
-    fresh = first_times(histories, user, item, timestamp)
+    fresh = FirstSeen(histories).is_first(user, item, timestamp)
     return Impressions(user, item, category + 1, labels, timestamp, fresh), probability
 
 
@@ -228,7 +228,7 @@ def _category_shares(histories: Histories, impressions: Impressions, window: int
     place = np.sort(
         (histories.user_of * num_categories + histories.category_ids) * num_rows + np.arange(num_rows, dtype=np.int64)
     )
-    end = rows_before(histories, impressions.user, impressions.timestamps)
+    end = histories.rows_before(impressions.user, impressions.timestamps)
     begin = histories.offsets[impressions.user]
     if window:
         begin = np.maximum(begin, end - window)

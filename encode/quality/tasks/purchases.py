@@ -31,7 +31,6 @@ from encode.quality.tasks.task import (
     Shown,
     Task,
     make_task,
-    only,
     some_users,
 )
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, Window, day_of, day_start
@@ -115,7 +114,7 @@ def _without_repeats(histories: Histories) -> Histories:
     """Leave out rows that equal the one before them, as validation does before the main job."""
     columns = (histories.user_of, histories.timestamps, histories.item_ids, histories.category_ids, histories.behaviors)
     rows = np.stack(columns, axis=1)
-    return only(histories, np.append(True, (rows[1:] != rows[:-1]).any(1)))
+    return histories.keep(np.append(True, (rows[1:] != rows[:-1]).any(1)))
 
 
 def _by_days(

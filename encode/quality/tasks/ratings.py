@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 
 from encode.data.histories import Histories, rows_of, to_histories
-from encode.data.impressions import Impressions
+from encode.data.impressions import FirstSeen, Impressions
 from encode.data.packages import Wheel, default_cache, find_files
 from encode.errors import DataError
 from encode.quality.tasks.columns import BEHAVIORS_FILE, behaviors_file, read_labelled
@@ -33,12 +33,9 @@ from encode.quality.tasks.task import (
     QUICK_USERS,
     Shown,
     Task,
-    first_times,
     make_task,
-    only,
     only_users,
     quick_splits,
-    rows_before,
     some_users,
     thin,
 )
@@ -126,7 +123,7 @@ def split_ratings(histories: Histories) -> tuple[dict[str, Shown], Histories]:
         "test": (lengths - held, lengths),
     }
     first = histories.offsets[:-1] + np.minimum(valid_from - trained, lengths - 1)
-    history = rows_before(histories, np.arange(len(lengths)), histories.timestamps[first]) - histories.offsets[:-1]
+    history = histories.rows_before(np.arange(len(lengths)), histories.timestamps[first]) - histories.offsets[:-1]
     enough = history >= MIN_HISTORY
     if not enough.any():
         raise DataError(
@@ -140,7 +137,7 @@ def split_ratings(histories: Histories) -> tuple[dict[str, Shown], Histories]:
         place = np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))
         splits[split] = Shown(_impressions(histories, rows), histories.timestamps[rows - place % BLOCK])
     kept = np.where(enough, valid_from, lengths)[histories.user_of]
-    return splits, only(histories, np.arange(len(histories.user_of)) - histories.offsets[histories.user_of] < kept)
+    return splits, histories.keep(np.arange(len(histories.user_of)) - histories.offsets[histories.user_of] < kept)
 
 
 def _impressions(histories: Histories, rows: Ints) -> Impressions:
@@ -151,7 +148,7 @@ def _impressions(histories: Histories, rows: Ints) -> Impressions:
         histories.category_ids[rows],
         (histories.behaviors[rows] == histories.behavior_names.index("liked")).astype(np.int8),
         timestamps,
-        first_times(histories, user, items, timestamps),
+        FirstSeen(histories).is_first(user, items, timestamps),
     )
 
 

@@ -135,53 +135,15 @@ def _lengths(lengths: Ints) -> dict[str, int]:
 # --- histories and impressions -----------------------------------------------------------------------------
 
 
-def rows_before(histories: Histories, user: Ints, timestamp: Ints) -> Ints:
-    """Return the row after the last behavior of each user strictly before each timestamp."""
-    start = min(histories.timestamps.min(initial=0), timestamp.min(initial=0))
-    span = max(histories.timestamps.max(initial=0), timestamp.max(initial=0)) - start + 1
-    place = histories.user_of * span + (histories.timestamps - start)
-    rows: Ints = np.searchsorted(place, user * span + (timestamp - start))
-    return rows
-
-
 def history_lengths(histories: Histories, shown: Shown) -> Ints:
     """Return the length of the history of each impression, [I]."""
     user = shown.impressions.user
-    return rows_before(histories, user, shown.as_of) - histories.offsets[user]
-
-
-def first_times(histories: Histories, user: Ints, item_ids: Ints, timestamps: Ints) -> Mask:
-    """Tell where a user had no behavior with an item strictly before a timestamp, [I]."""
-    items = np.unique(histories.item_ids)
-    # Rows are in time order within a user, so the first row of a pair is its earliest.
-    pairs, first = np.unique(
-        histories.user_of * len(items) + np.searchsorted(items, histories.item_ids), return_index=True
-    )
-    code = np.searchsorted(items, item_ids).clip(max=len(items) - 1)
-    pair = user * len(items) + code
-    place = np.searchsorted(pairs, pair).clip(max=len(pairs) - 1)
-    had = (items[code] == item_ids) & (pairs[place] == pair)
-    fresh: Mask = ~had | (histories.timestamps[first[place]] >= timestamps)
-    return fresh
-
-
-def only(histories: Histories, kept: Mask) -> Histories:
-    """Return some of the behaviors, [N]; users who have none left are left out."""
-    counts = np.bincount(histories.user_of[kept], minlength=len(histories))
-    return Histories(
-        histories.user_ids[counts > 0],
-        np.append(0, np.cumsum(counts[counts > 0])),
-        histories.item_ids[kept],
-        histories.category_ids[kept],
-        histories.timestamps[kept],
-        histories.behaviors[kept],
-        histories.behavior_names,
-    )
+    return histories.rows_before(user, shown.as_of) - histories.offsets[user]
 
 
 def only_users(histories: Histories, kept: Mask) -> Histories:
     """Return all behaviors of some of the users, [U]."""
-    return only(histories, kept[histories.user_of])
+    return histories.keep(kept[histories.user_of])
 
 
 def some_users(histories: Histories, limit: int, rng: np.random.Generator) -> Histories:
