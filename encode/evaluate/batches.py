@@ -41,8 +41,10 @@ class Batch(NamedTuple):
     target: Int64[Tensor, "G T"]
     place: Int64[Tensor, " B"]
     """Where the impressions are among the G T targets."""
-    recent: Int64[Tensor, "B R"]
-    recent_kind: Int64[Tensor, "B R"]
+    recent: Int64[Tensor, "Q R"]
+    recent_kind: Int64[Tensor, "Q R"]
+    moment: Int64[Tensor, " B"]
+    """Which of the Q each impression is of, ascending."""
     label: Float[Tensor, " B"]
     rows: Ints
     """Where the impressions are in `Impressions`, [B]."""
@@ -85,7 +87,9 @@ def batches(
             drawn, _ = _padded(until - (last - first), until)
             target = np.where(shown & unknown[drawn], UNKNOWN, target)
         rows = rows[shown]
-        recent_places, recent_real = _padded(replay.recent_begin[rows], replay.recent_end[rows], replay.recent_length)
+        begins, ends = replay.recent_begin[rows], replay.recent_end[rows]
+        new = np.append(True, (begins[1:] != begins[:-1]) | (ends[1:] != ends[:-1]))[: len(rows)]
+        recent_places, recent_real = _padded(begins[new], ends[new], replay.recent_length)
         recent = np.where(recent_real, replay.behavior_index[recent_places], PADDING)
         cluster = np.zeros(real.shape, np.int64)
         if labels is not None:
@@ -102,6 +106,7 @@ def batches(
             place=torch.from_numpy(np.flatnonzero(shown)),
             recent=torch.from_numpy(row_of[recent]),
             recent_kind=torch.from_numpy(replay.behavior_kind[recent_places] * recent_real),
+            moment=torch.from_numpy(np.cumsum(new) - 1),
             label=torch.from_numpy(replay.impressions.labels[rows].astype(np.float32)),
             rows=rows,
             weight=float(weight),

@@ -37,7 +37,10 @@ def read_batch(items: Catalog, reader: Reader, batch: Batch) -> tuple[Float[Tens
     history = history_of(items, batch, reader.scale)
     mask = batch.recent != PADDING
     recent = Recent(
-        _embedding(items, batch.recent, batch.recent_kind, mask), F.embedding(batch.recent, items.key), mask
+        _embedding(items, batch.recent, batch.recent_kind, mask),
+        F.embedding(batch.recent, items.key),
+        mask,
+        batch.moment,
     )
     user = reader.summarise(history)
     logit: Tensor = reader(user, recent, targets_of(items, batch), batch.place)

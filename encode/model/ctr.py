@@ -3,7 +3,7 @@
 Read it top down: how a behavior becomes e and h, what a history is worth to a target, how a target reads the user.
 
     B impressions or candidates   G users in the batch   T targets of a user   L behaviors of a history   K clusters
-    R recent behaviors   Q groups of impressions that share recent behaviors   S items of the batch   V vocabulary
+    R recent behaviors   Q moments as of which behaviors are recent   S items of the batch   V vocabulary
     C categories   D embedding_dim   P projected_dim
 """
 
@@ -154,11 +154,13 @@ class User(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """The last behaviors before each impression; all impressions share them where Q = 1."""
+    """The last behaviors as of Q moments; impressions of one moment share them."""
 
     embedding: Float[Tensor, "Q R D"]
     key: Float[Tensor, "Q R P"]
     mask: Bool[Tensor, "Q R"]
+    moment: Int64[Tensor, " B"]
+    """Of each impression, ascending."""
 
 
 class Reader(nn.Module):
@@ -192,19 +194,16 @@ class Reader(nn.Module):
 
         Args:
             user: of the G users of the batch.
-            recent: last behaviors strictly before each impression; a row each, or one row for all.
+            recent: last behaviors strictly before each impression.
             target: of each user, padded.
             place: impressions among the G T targets, one user after the other; None takes all of them.
         """
         read = self.long_term.read(user.long_term, target)
         chosen = torch.arange(target.item.numel(), device=target.item.device) if place is None else place
         user_of = chosen // target.item.shape[1]
-        vectors, scalars = read.vectors.flatten(0, 1)[chosen], read.scalars.flatten(0, 1)[chosen]
-        embedding, key = target.embedding.flatten(0, 1)[chosen], target.key.flatten(0, 1)[chosen]
-        none = torch.zeros_like(recent.mask, dtype=key.dtype)
-        query = key.view(len(recent.mask), -1, key.shape[1])
-        short = attend(query, recent.key, recent.embedding, none, recent.mask, self.scale)
-        short_term = short.value.reshape(embedding.shape)
+        vectors, scalars = _rows(read.vectors, chosen), _rows(read.scalars, chosen)
+        embedding, key = _rows(target.embedding, chosen), _rows(target.key, chosen)
+        short_term, affinity = self._attend_recent(recent, key)
         features = [
             vectors.flatten(1),
             short_term,
@@ -213,7 +212,28 @@ class Reader(nn.Module):
             short_term * embedding,
             user.profile[user_of],
             scalars,
-            torch.stack([short.affinity.flatten(), user.length.log1p()[user_of]], 1),
+            torch.stack([affinity, user.length.log1p()[user_of]], 1),
         ]
         logit: Tensor = self.mlp(torch.cat(features, 1)).squeeze(1)
         return logit
+
+    def _attend_recent(
+        self, recent: Recent, key: Float[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, " B"]]:
+        """Return what each impression takes from the recent behaviors, and its affinity to them."""
+        count = torch.bincount(recent.moment, minlength=len(recent.mask))
+        width = int(count.max()) if len(count) else 0
+        first = count.cumsum(0) - count
+        seat = (
+            torch.arange(len(key), device=key.device)
+            + (torch.arange(len(count), device=key.device) * width - first)[recent.moment]
+        )
+        query = key.new_zeros(len(count) * width, key.shape[1]).index_copy(0, seat, key)
+        none = torch.zeros_like(recent.mask, dtype=key.dtype)
+        short = attend(query.view(len(count), width, -1), recent.key, recent.embedding, none, recent.mask, self.scale)
+        return _rows(short.value, seat), short.affinity.flatten()[seat]
+
+
+def _rows(table: Float[Tensor, "G T *shape"], place: Int64[Tensor, " B"]) -> Float[Tensor, " B *shape"]:
+    """Return some rows of G groups of T, one group after the other."""
+    return table.flatten(0, 1).index_select(0, place)

@@ -70,7 +70,10 @@ def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Ten
     with torch.no_grad():
         of_user = User(user.known, encode.profile(user.known), user.known.interests.size.sum(1))
         recent = Recent(
-            table.embedding[user.recent][None], table.key[user.recent][None], (user.recent != PADDING)[None]
+            table.embedding[user.recent][None],
+            table.key[user.recent][None],
+            (user.recent != PADDING)[None],
+            torch.zeros_like(target),
         )
         logit: Tensor = reader(of_user, recent, _candidates(table, target))
         return logit

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -127,17 +128,25 @@ def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
         item: vocabulary index of each behavior; padding and unknown items are not remembered.
         num_items: M at most.
     """
-    ordered = F.pad(item, (0, 1)).masked_fill(F.pad(item, (0, 1)) <= UNKNOWN, NO_ITEM).sort(1).values
-    count = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
-    first = ordered != ordered.roll(1, 1)
-    first[:, 0] = True
-    count = count.where(first & (ordered != NO_ITEM), 0)
-    kept = count.sort(dim=1, descending=True, stable=True)
-    width = max(1, min(num_items, int((count > 0).sum(1).max()))) if len(count) else 1
-    count = kept.values[:, :width] * (num_items > 0)
-    found = ordered.gather(1, kept.indices[:, :width]).masked_fill(count == 0, NO_ITEM)
-    found, order = found.sort(1)
-    return Remembered(found, count.gather(1, order).clamp(max=MOST_TIMES))
+    if num_items == 0:
+        return Remembered(item.new_full((len(item), 1), NO_ITEM), item.new_zeros(len(item), 1))
+    known = F.pad(item, (0, 1)).masked_fill(F.pad(item, (0, 1)) <= UNKNOWN, NO_ITEM)
+    ordered = torch.from_numpy(np.sort(known.numpy(force=True), 1)).to(item.device)  # many times faster than torch's
+    # Where a run of one item begins; rows follow one another, and each begins a run.
+    start = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True).flatten().nonzero().squeeze(1)
+    times = start.diff(append=start.new_tensor([ordered.numel()]))
+    found, owner = ordered.flatten()[start], start // ordered.shape[1]
+    real = found != NO_ITEM
+    found, owner, times = found[real], owner[real], times[real]
+    distinct = torch.bincount(owner, minlength=len(item))
+    place = torch.arange(len(owner), device=item.device) - (distinct.cumsum(0) - distinct)[owner]
+    shape = (len(item), max(1, int(distinct.max())) if len(item) else 1)
+    remembered = Remembered(item.new_full(shape, NO_ITEM), item.new_zeros(shape))
+    remembered.item[owner, place], remembered.times[owner, place] = found, times
+    if shape[1] > num_items:
+        kept = remembered.times.sort(dim=1, descending=True, stable=True).indices[:, :num_items].sort(1).values
+        remembered = Remembered(remembered.item.gather(1, kept), remembered.times.gather(1, kept))
+    return remembered._replace(times=remembered.times.clamp(max=MOST_TIMES))
 
 
 def attend_interests(

@@ -79,7 +79,10 @@ def _measure(table: Catalog, reader: Reader, length: int) -> tuple[float, int]:
             F.embedding(target, table.embedding), F.embedding(target, table.key), target, table.category[target]
         )
         latest = Recent(
-            F.embedding(recent, table.embedding), F.embedding(recent, table.key), torch.ones_like(recent).bool()
+            F.embedding(recent, table.embedding),
+            F.embedding(recent, table.key),
+            torch.ones_like(recent).bool(),
+            torch.zeros_like(target[0]),
         )
         reader(user, latest, candidates)
 

@@ -185,7 +185,7 @@ def test_histories_and_recent_branch_are_the_plain_loop(model, seed):
             assert items[batch.history[mine]].tolist() == long + [PADDING] * (width - len(long))
             ages = [(snapshot_start(at) - t) / SECONDS_PER_DAY for t in histories.timestamps[own][: len(long)]]
             assert batch.age[mine].tolist() == pytest.approx(ages + [0] * (width - len(long)))
-            assert items[batch.recent[place]].tolist() == (past[-5:] + [PADDING] * 5)[:5]
+            assert items[batch.recent[batch.moment[place]]].tolist() == (past[-5:] + [PADDING] * 5)[:5]
             assert items[batch.target.flatten()[batch.place[place]]] == replay.target_index[row]
             assert batch.label[place] == impressions.labels[row]
             assert replay.history_lengths()[row] == len(long)

@@ -68,7 +68,7 @@ def test_recent_only_reads_nothing():
 def logits_of(reader: Reader, history: History) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     key = F.normalize(torch.randn(6, 2, P, generator=generator), dim=2)
-    recent = Recent(torch.randn(6, 2, D, generator=generator), key, torch.ones(6, 2, dtype=torch.bool))
+    recent = Recent(torch.randn(6, 2, D, generator=generator), key, torch.ones(6, 2, dtype=torch.bool), torch.arange(6))
     return reader(reader.summarise(history), recent, target_of(2))
 
 
