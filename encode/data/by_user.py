@@ -94,17 +94,28 @@ def _group(behaviors: Ints) -> tuple[Ints, Ints, Ints]:
 
 @compiled
 def _sort(rows: Ints) -> None:
-    """Sort by timestamp, item, category, in place; by timestamp alone where that settles it."""
-    disorder, ties = False, False
+    """Sort by timestamp, item, category, in place: days come in order of time, which leaves what is of one second."""
+    disorder = False
     for i in range(1, len(rows)):
         disorder |= rows[i, 2] < rows[i - 1, 2]
     if disorder:
         rows[:] = rows[np.argsort(rows[:, 2], kind="mergesort")]
+    first = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i, 2] != rows[first, 2]:
+            if i > first + 1:
+                _sort_second(rows[first:i])
+            first = i
+
+
+@compiled
+def _sort_second(rows: Ints) -> None:
+    """Sort rows of one timestamp by item, then category."""
+    disorder = False
     for i in range(1, len(rows)):
-        if rows[i, 2] == rows[i - 1, 2]:
-            ties |= rows[i, 0] < rows[i - 1, 0] or (rows[i, 0] == rows[i - 1, 0] and rows[i, 1] < rows[i - 1, 1])
-    if ties:
-        for column in (1, 0, 2):
+        disorder |= rows[i, 0] < rows[i - 1, 0] or (rows[i, 0] == rows[i - 1, 0] and rows[i, 1] < rows[i - 1, 1])
+    if disorder:
+        for column in (1, 0):
             rows[:] = rows[np.argsort(rows[:, column], kind="mergesort")]
 
 

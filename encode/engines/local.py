@@ -162,7 +162,7 @@ class _Spill:
         path = self._paths[bucket]
         if not path.exists():
             return np.empty((0, 4), np.int64)
-        rows = np.fromfile(path, np.int64).reshape(-1, 4)
+        rows = np.memmap(path, np.int64, "r").reshape(-1, 4)  # not read, so that the one copy is in order already
         path.unlink()
         pieces, place = [], 0
         while place < len(rows):
