@@ -78,9 +78,10 @@ MOST_TIMES = 2**16 - 1
 def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
     """One row a user: the interests of that user and the most recent behaviors.
 
-    The lists `center` (mean key, P), `value` (D), `size` (behaviors in the cluster), `newest` (UTC seconds) and
-    `top_items` (most frequent item ids, best first) run in parallel, largest interest first. So do `item_index` (the
-    user's most frequent items by their index in the space's vocabulary, ascending) and `item_times`.
+    The lists `center` (mean key, P), `variance` (of the keys, P), `value` (D), `size` (behaviors in the cluster),
+    `newest` (UTC seconds) and `top_items` (most frequent item ids, best first) run in parallel, largest interest first.
+    So do `item_index` (the user's most frequent items by their index in the space's vocabulary, ascending) and
+    `item_times`.
     """
     vector = pa.list_(pa.float32(), projected_dim), pa.list_(pa.float32(), embedding_dim)
     return pa.schema(
@@ -88,6 +89,7 @@ def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
             pa.field("user_id", pa.int64(), nullable=False),
             pa.field("num_behaviors", pa.int64(), nullable=False),
             pa.field("center", pa.list_(vector[0]), nullable=False),
+            pa.field("variance", pa.list_(vector[0]), nullable=False),
             pa.field("value", pa.list_(vector[1]), nullable=False),
             pa.field("size", pa.list_(pa.int64()), nullable=False),
             pa.field("newest", pa.list_(pa.int64()), nullable=False),

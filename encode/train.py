@@ -157,7 +157,7 @@ def fit(
     for epoch in range(training.num_epochs):
         started = time.monotonic()
         losses = run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
-        tables.follow(train.counts())
+        _follow(tables, reader, train)
         measured = summary(shown.user, shown.labels, predict(tables.all_items(), reader, valid), shown.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
         say(
@@ -205,7 +205,7 @@ def run_epoch(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Run the offline stage with the embeddings of the moment, then go once over the impressions."""
-    tables.follow(replay.counts())
+    _follow(tables, reader, replay)
     labels = assign(replay, tables.all_items(), reader.long_term.assign)
     tables.train()
     reader.train()
@@ -220,7 +220,7 @@ def run_epoch(
         triplet = _triplet_loss(tables, batch, model, generator)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        total = batch.weight * (loss + auxiliary) + model.triplet_weight * triplet
+        total = batch.weight * loss + batch.share * auxiliary + model.triplet_weight * triplet
         total.backward()  # type: ignore[no-untyped-call]
         sum_gradients(parameters)
         for optimizer in optimizers:
@@ -234,6 +234,13 @@ def run_epoch(
     totals = sum_arrays(totals)
     names = ("loss", "triplet", "auxiliary")
     return {name: float(total) for name, total in zip(names, totals / totals[3], strict=False)}
+
+
+def _follow(tables: Tables, reader: Reader, replay: Replay) -> None:
+    """Bring what is not learned by gradients up to the embeddings of the moment."""
+    counts = replay.counts()
+    tables.follow(counts)
+    reader.long_term.follow(tables.all_items(), counts)
 
 
 def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: torch.Generator) -> torch.Tensor:

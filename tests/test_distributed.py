@@ -57,6 +57,7 @@ def test_two_processes_give_the_model_of_one(tmp_path):
         np.testing.assert_allclose(found["predicted"], alone["predicted"], atol=1e-3)
         for epoch, expected in zip(found["epochs"], alone["epochs"], strict=True):
             assert epoch["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+            assert epoch["auxiliary"] == pytest.approx(expected["auxiliary"], rel=1e-2)
             assert epoch["triplet"] == pytest.approx(expected["triplet"], abs=1e-3)
             assert epoch["valid_auc"] == pytest.approx(expected["valid_auc"], abs=1e-3)
 

@@ -50,6 +50,8 @@ class Batch(NamedTuple):
     """Where the impressions are in `Impressions`, [B]."""
     weight: float
     """Share of the impressions of all processes' batches that are these; 1 where there is one process."""
+    share: float
+    """Share of the histories of all processes' batches that are these."""
     lengths: Int64[Tensor, " all"]
     """Behaviors of each history of all processes' batches; those of this one are every `world`-th from `rank` on."""
 
@@ -110,6 +112,7 @@ def batches(
             label=torch.from_numpy(replay.impressions.labels[rows].astype(np.float32)),
             rows=rows,
             weight=float(weight),
+            share=len(chosen) / len(together) if weight else 0.0,
             lengths=torch.from_numpy(lengths[together]),
         )
 

@@ -90,7 +90,7 @@ def _file_bytes(U: Ints, N: Ints, space: Space) -> Ints:
     """Return how long a file of U users with N behaviors is at most."""
     K, recent = space.config.clustering.num_clusters, space.config.recent_length
     interests = np.minimum(N, K * U)
-    vectors = 4 * (space.key.shape[1] + space.embedding.shape[1])
+    vectors = 4 * (2 * space.key.shape[1] + space.embedding.shape[1])
     lists: Ints = (vectors + 20) * interests + 8 * np.minimum(N, 5 * interests) + 24 * np.minimum(N, recent * U)
     lists += 6 * np.minimum(N, space.config.num_remembered * U)
     return lists + 56 * U

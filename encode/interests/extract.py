@@ -101,6 +101,7 @@ def extract(
         pa.array(user_ids),
         pa.array(np.diff(offsets)),
         _ragged(_vectors(pooled.center), pooled.offsets),
+        _ragged(_vectors(pooled.variance), pooled.offsets),
         _ragged(_vectors(pooled.value), pooled.offsets),
         _ragged(pa.array(pooled.size), pooled.offsets),
         _ragged(pa.array(pooled.newest), pooled.offsets),
@@ -119,7 +120,7 @@ def schema_of(space: Space) -> pa.Schema:
 def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
     """Turn a user's row, Arrow scalars by column, into what the model reads; None gives a user without interests."""
     num_clusters, length = space.config.clustering.num_clusters, space.config.recent_length
-    center = np.zeros((num_clusters, space.key.shape[1]), np.float32)
+    center, variance = np.zeros((2, num_clusters, space.key.shape[1]), np.float32)
     value = np.zeros((num_clusters, space.embedding.shape[1]), np.float32)
     size = np.zeros(num_clusters, np.float32)
     recent = np.zeros(length, np.int64)
@@ -127,14 +128,14 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
     if row is not None:
         sizes = row["size"].values.to_numpy()
         count = len(sizes)
-        center[:count] = row["center"].values.flatten().to_numpy().reshape(count, center.shape[1])
-        value[:count] = row["value"].values.flatten().to_numpy().reshape(count, value.shape[1])
+        for name, vectors in (("center", center), ("variance", variance), ("value", value)):
+            vectors[:count] = row[name].values.flatten().to_numpy().reshape(count, vectors.shape[1])
         size[:count] = sizes
         index, times = (row[name].values.to_numpy().astype(np.int64) for name in ("item_index", "item_times"))
         items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
         recent[: len(items)] = space.vocabulary.index(items, categories)
-    centers, values, sizes = (torch.from_numpy(array) for array in (center, value, size))
-    return user_state(centers, values, sizes, space.scale, index, times, recent)
+    centers, values, sizes, variances = (torch.from_numpy(array) for array in (center, value, size, variance))
+    return user_state(centers, values, sizes, variances, space.scale, index, times, recent)
 
 
 def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:

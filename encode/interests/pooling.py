@@ -53,6 +53,8 @@ class Pooled(NamedTuple):
     """Start of each user's interests, then the end of the last, [U + 1]."""
     center: Floats
     """c_k, means of keys, [S, P]."""
+    variance: Floats
+    """lambda_k, of the keys, by coordinate, [S, P]."""
     value: Floats
     """z_k, [S, D]."""
     size: Ints
@@ -74,6 +76,8 @@ class _Scratch(NamedTuple):
     """[n]"""
     center: Doubles
     """[K, P]"""
+    square: Doubles
+    """Sums of the squares of the keys, [K, P]."""
     value: Doubles
     """[K, D]"""
     highest: Doubles
@@ -114,6 +118,7 @@ def pool(
     pooled = Pooled(
         offsets,
         np.empty((S, P), np.float32),
+        np.empty((S, P), np.float32),
         np.empty((S, D), np.float32),
         np.empty(S, np.int64),
         np.empty(S, np.int64),
@@ -130,6 +135,7 @@ def _scratch(longest: int, K: int, P: int, D: int) -> _Scratch:
     return _Scratch(
         np.empty(longest, np.uint8),
         np.empty(longest),
+        np.empty((K, P)),
         np.empty((K, P)),
         np.empty((K, D)),
         np.empty(K),
@@ -170,7 +176,7 @@ def _pool_users(
         slot, size = scratch.slot[: end - begin], out.size[first:last]
         _rank(labels[begin:end], len(scratch.end), slot, size)
         key = behaviors.key[begin:end]
-        _weigh(slot, size, key, scale, by_relevance, out.center[first:last], scratch)
+        _weigh(slot, size, key, scale, by_relevance, out.center[first:last], out.variance[first:last], scratch)
         _average(slot, behaviors.item_index[begin:end], embedding, out.value[first:last], scratch)
         _latest(slot, behaviors.timestamps[begin:end], out.newest[first:last])
         _group(slot, size, behaviors.item_ids[begin:end], scratch.grouped, scratch.end)
@@ -207,19 +213,30 @@ def _rank(labels: Labels, num_clusters: int, slot: Labels, size: Ints) -> None:
 
 @compiled
 def _weigh(
-    slot: Labels, size: Ints, key: Floats, scale: float, by_relevance: bool, center: Floats, scratch: _Scratch
+    slot: Labels,
+    size: Ints,
+    key: Floats,
+    scale: float,
+    by_relevance: bool,
+    center: Floats,
+    variance: Floats,
+    scratch: _Scratch,
 ) -> None:
-    """Fill in centers, and the weight of each behavior before it is divided by its cluster's mass."""
-    P, unit, weight, highest = key.shape[1], scratch.center, scratch.weight, scratch.highest
+    """Fill in centers and variances, and the weight of each behavior before it is divided by its cluster's mass."""
+    P, unit, weight, highest, squares = key.shape[1], scratch.center, scratch.weight, scratch.highest, scratch.square
     unit[: len(center)] = 0.0
+    squares[: len(center)] = 0.0
     for i in range(len(slot)):
         k = slot[i]  # read here, as the inner loop does not vectorize around it
         for d in range(P):
             unit[k, d] += key[i, d]
+            squares[k, d] += np.float64(key[i, d]) ** 2
     for k in range(len(center)):
         square = 0.0
         for d in range(P):
-            center[k, d] = unit[k, d] / size[k]
+            mean = unit[k, d] / size[k]
+            center[k, d] = mean
+            variance[k, d] = max(squares[k, d] / size[k] - mean**2, 0.0)
             square += unit[k, d] ** 2
         norm = max(math.sqrt(square), _SMALLEST_NORM)
         for d in range(P):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from encode.config import ModelConfig
 from encode.model.long_term import Catalog, History, LongTerm, Read, Target
-from encode.model.reduction import principal_projection, random_projection
+from encode.model.reduction import center_loss, linear_decoder, principal_projection, random_projection
 from encode.model.relevance import (
     Attention,
     Interests,
@@ -29,6 +29,7 @@ from encode.model.relevance import (
     attend_interests,
     pool_interests,
     remember,
+    times_of,
 )
 from encode.schema import PADDING
 
@@ -103,13 +104,20 @@ class Known(NamedTuple):
 class Encode(LongTerm):
     """ENCODE: a user is K interests, and a target attends to them with the relevance that made them."""
 
-    num_scalars = 1
+    num_scalars = 2
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.center_weight = config.center_weight
         self.size_prior = config.size_prior
         self.by_relevance = config.pooling == "relevance"
         self.num_remembered = config.num_remembered
+        self.decoder: Tensor
+        self.register_buffer("decoder", torch.zeros(config.projected_dim, config.embedding_dim))
+
+    def follow(self, catalog: Catalog, count: Float[Tensor, " V"]) -> None:
+        """Fit how embeddings change where keys do."""
+        self.decoder = linear_decoder(catalog.key, catalog.embedding, count)
 
     def summarise(self, history: History) -> Known:
         """Pool the clusters of each history: what `interests.extract` does offline, with gradients."""
@@ -135,12 +143,17 @@ class Encode(LongTerm):
 
     def attention(self, state: Known, target: Target) -> Attention:
         """Return what each target takes from the interests, and how much it attends to each, itself last."""
-        return attend_interests(target.key, target.item, target.embedding, *state, self.size_prior)
+        return attend_interests(target.key, target.item, target.embedding, *state, self.decoder, self.size_prior)
 
     def read(self, state: Known, target: Target) -> Read:
-        """Return v = sum_k beta_k z_k and the affinity of the target to the interests as a whole."""
+        """Return v = sum_k beta_k z_k, the affinity to all interests, and log(1 + n_t) of the target itself."""
         found = self.attention(state, target)
-        return Read(found.value[:, :, None], found.affinity[:, :, None])
+        times = times_of(target.item, state.remembered).to(found.affinity.dtype)
+        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2))
+
+    def auxiliary_loss(self, state: Known, history: History) -> Float[Tensor, ""]:
+        """Return the center loss, weighted."""
+        return self.center_weight * center_loss(state.interests.center, state.interests.size, state.interests.scale)
 
 
 class User(NamedTuple):

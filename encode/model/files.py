@@ -109,6 +109,7 @@ def model_files(
         "center": torch.cat([user.known.interests.center for user in users]),
         "value": torch.cat([user.known.interests.value for user in users]),
         "size": torch.cat([user.known.interests.size for user in users]),
+        "variance": torch.cat([user.known.interests.variance for user in users]),
         "item": _padded([user.known.remembered.item[0] for user in users], NO_ITEM),
         "times": _padded([user.known.remembered.times[0] for user in users], 0),
         "recent": torch.stack([user.recent for user in users]),
@@ -156,7 +157,8 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, whe
         worst = 0.0
         for place in range(len(mirror["target"])):
             one = slice(place, place + 1)
-            interests = Interests(mirror["center"][one], mirror["value"][one], mirror["size"][one], reader.scale)
+            center, value, size, variance = (mirror[name][one] for name in ("center", "value", "size", "variance"))
+            interests = Interests(center, value, size, variance, reader.scale)
             known = Known(interests, Remembered(mirror["item"][one], mirror["times"][one]))
             logit = read_user(reader, table, UserState(known, mirror["recent"][place]), mirror["target"][place])
             off = (torch.sigmoid(logit) - mirror["probability"][place]).abs().max()
@@ -174,6 +176,7 @@ def user_state(
     center: Float[Tensor, "K P"],
     value: Float[Tensor, "K D"],
     size: Float[Tensor, " K"],
+    variance: Float[Tensor, "K P"],
     scale: float,
     item: npt.NDArray[np.int64],
     times: npt.NDArray[np.int64],
@@ -185,6 +188,7 @@ def user_state(
         center: of each interest.
         value: of each interest.
         size: behaviors in each interest, 0 for none.
+        variance: of the keys of each interest.
         scale: of the relevance.
         item: remembered items, ascending; may be none.
         times: how many behaviors are with each of them.
@@ -192,7 +196,7 @@ def user_state(
     """
     items, counts = np.append(item, NO_ITEM), np.append(times, 0)
     remembered = Remembered(torch.from_numpy(items)[None], torch.from_numpy(counts)[None])
-    interests = Interests(center[None], value[None], size[None], torch.tensor(scale))
+    interests = Interests(center[None], value[None], size[None], variance[None], torch.tensor(scale))
     return UserState(Known(interests, remembered), torch.from_numpy(recent))
 
 

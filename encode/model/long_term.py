@@ -120,6 +120,14 @@ class LongTerm(nn.Module):
         """Offline stage, before each epoch and each evaluation: a label from 0 on for each behavior, [N], or None."""
         return None
 
+    def follow(self, catalog: Catalog, count: Float[Tensor, " V"]) -> None:
+        """Before each epoch and each evaluation: bring what is not learned by gradients up to the tables of the moment.
+
+        Args:
+            catalog: the whole vocabulary.
+            count: how often each item occurs in the histories of training.
+        """
+
     def summarise(self, history: History) -> Any:
         """Return the state of each user, without knowing any target."""
         raise NotImplementedError

@@ -1,6 +1,6 @@
-"""The metric-learned reduction: how W_h is trained to keep relative distances of behaviors.
+"""Metric learning: W_h is trained to keep relative distances of behaviors, and the keys to lie close to centers.
 
-T triplets   D embedding_dim   P projected_dim
+T triplets   G histories   K clusters   D embedding_dim   P projected_dim
 """
 
 from __future__ import annotations
@@ -32,6 +32,21 @@ def principal_projection(
     moment = embedding.T @ (embedding * (count / count.sum().clamp(min=1))[:, None])
     directions: Tensor = torch.linalg.eigh(moment).eigenvectors[:, -projected_dim:]
     return directions.flip(1)
+
+
+def linear_decoder(
+    key: Float[Tensor, "V P"], embedding: Float[Tensor, "V D"], count: Float[Tensor, " V"]
+) -> Float[Tensor, "P D"]:
+    """Return B of the least squares fit e - E[e] = B^T (h - E[h]), items weighted by how often they occur.
+
+    It tells how embeddings change on average where keys do.
+    """
+    share = (count / count.sum().clamp(min=1)).double()[:, None]
+    h, e = key.double(), embedding.double()
+    h, e = h - (share * h).sum(0), e - (share * e).sum(0)
+    moment = h.T @ (share * h) + 1e-6 * torch.eye(key.shape[1], dtype=h.dtype)  # keys may span less than P directions
+    decoder: Tensor = torch.linalg.solve(moment, h.T @ (share * e))
+    return decoder.to(key.dtype)
 
 
 def draw_triplets(lengths: Int64[Tensor, " U"], num_triplets: int, generator: torch.Generator) -> Int64[Tensor, "T 4"]:
@@ -77,6 +92,24 @@ def dynamic_triplet_loss(
     kept = order * _distance_gap(projected)
     alpha = margin_weight * (gap.abs() if margin == "dynamic" else torch.ones_like(gap))
     return (F.relu(alpha - kept) * (order != 0)).mean()
+
+
+def center_loss(center: Float[Tensor, "G K P"], size: Float[Tensor, "G K"], scale: Tensor) -> Float[Tensor, ""]:
+    """Return the mean of L = s^2 sum_i |h_i - c_k(i)|^2 / (n P) over histories: what clustering leaves out.
+
+    Center loss (Wen et al., ECCV 2016) of the keys, with the centers that the history has at the moment. For a target
+    in a random direction, s^2 |h_i - c_k|^2 / P is the variance of its relevance to the behaviors of a cluster, which
+    attention to the center alone does not see. Centers are means of unit vectors, for which the sum over a cluster is
+    n_k (1 - |c_k|^2): nothing but the interests is needed. The scale is detached, or it would be lowered instead of the
+    keys being moved. Ours, not the paper's.
+
+    Args:
+        center: means of the keys of each cluster.
+        size: n_k; a history without behaviors adds no loss, but counts in the mean.
+        scale: s, of the relevance.
+    """
+    within = (size * (1 - center.square().sum(2))).sum(1) / size.sum(1).clamp(min=1)
+    return scale.detach().square() * within.sum() / (center.shape[2] * max(1, len(within)))
 
 
 def _distance_gap(triplet: Float[Tensor, "T 3 C"]) -> Float[Tensor, " T"]:

@@ -105,6 +105,8 @@ class Interests(NamedTuple):
     """z_k: pooled embeddings of the cluster's behaviors; zero where it is empty."""
     size: Float[Tensor, "G K"]
     """n_k: behaviors in the cluster."""
+    variance: Float[Tensor, "G K P"]
+    """lambda_k: variance of the cluster's keys, by coordinate."""
     scale: Float[Tensor, ""]
     """Of the relevance by which they were pooled and are attended to."""
 
@@ -155,9 +157,15 @@ def attend_interests(
     embedding: Float[Tensor, "G T D"],
     interests: Interests,
     remembered: Remembered,
+    decoder: Float[Tensor, "P D"],
     size_prior: float,
 ) -> Attention:
     """Return what targets take from interests, and from what is remembered of themselves.
+
+    A cluster is wide, so its behaviors are not all as relevant as its center. To the second order in their spread
+    sum_i exp(s <h_t, h_i>) = n_k exp(s <h_t, c_k> + s^2 <h_t^2, lambda_k> / 2), and within the cluster attention moves
+    the mean key by s lambda_k h_t, and with it the value by the `decoder`: z_k + B^T (s lambda_k h_t). Exact for keys
+    that are Gaussian with independent coordinates and embeddings linear in them. Ours, not the paper's.
 
     A target that is remembered attends to its own n_t behaviors as to one more interest, with center h_t and value
     e_t. That term of full attention, n_t exp(rho(h_t, h_t)), is the largest that there can be, and the one that a
@@ -169,6 +177,7 @@ def attend_interests(
         embedding: e_t.
         interests: of each user.
         remembered: items of each user.
+        decoder: B, how embeddings change where keys do; see `reduction.linear_decoder`.
         size_prior: eta, weight of log n_k and of log n_t.
 
     Returns:
@@ -177,10 +186,12 @@ def attend_interests(
     lowest = torch.finfo(query.dtype).min
     prior = (size_prior * interests.size.clamp(min=1).log()).masked_fill(interests.size == 0, lowest)[:, None]
     own, own_prior = attend_itself(query, item, remembered, interests.scale, size_prior)
-    logits = torch.cat([relevance_of_all(query, interests.center, interests.scale) + prior, own], 2)
+    spread = 0.5 * interests.scale.square() * (query.square() @ interests.variance.transpose(1, 2))
+    logits = torch.cat([relevance_of_all(query, interests.center, interests.scale) + spread + prior, own], 2)
     prior = torch.cat([prior.expand(-1, item.shape[1], -1), own_prior], 2)
     weights, affinity = weigh(logits, prior)
-    value = weights[..., :-1] @ interests.value + weights[..., -1:] * embedding
+    moved = interests.scale * query * (weights[..., :-1] @ interests.variance)
+    value = weights[..., :-1] @ interests.value + moved @ decoder + weights[..., -1:] * embedding
     return Attention(value, affinity, weights)
 
 
@@ -195,11 +206,16 @@ def attend_itself(
 
     Both are the lowest number where a target is not remembered.
     """
-    place = torch.searchsorted(remembered.item, item.contiguous()).clamp(max=remembered.item.shape[1] - 1)
-    known = remembered.item.gather(1, place) == item
-    count = remembered.times.gather(1, place).where(known, 1)
-    prior = (size_prior * count.to(query.dtype).log()).masked_fill(~known, torch.finfo(query.dtype).min)[..., None]
+    count = times_of(item, remembered)
+    prior = size_prior * count.clamp(min=1).to(query.dtype).log()
+    prior = prior.masked_fill(count == 0, torch.finfo(query.dtype).min)[..., None]
     return prior + relevance(query, query, scale)[..., None], prior
+
+
+def times_of(item: Int64[Tensor, "G T"], remembered: Remembered) -> Int64[Tensor, "G T"]:
+    """Return how many behaviors are with each item; 0 for one that is not remembered."""
+    place = torch.searchsorted(remembered.item, item.contiguous()).clamp(max=remembered.item.shape[1] - 1)
+    return remembered.times.gather(1, place).where(remembered.item.gather(1, place) == item, 0)
 
 
 def pool_interests(
@@ -234,6 +250,7 @@ def pool_interests(
 
     size = torch.bincount(segment, minlength=total + 1)[:total].to(key.dtype)
     center = summed(key) / size.clamp(min=1)[:, None]
+    variance = (summed(key.square()) / size.clamp(min=1)[:, None] - center.square()).clamp(min=0)
     if by_relevance:
         direction = F.pad(F.normalize(center, dim=1), (0, 0, 0, 1))
         # rho(c, h) is at most the scale, so subtracting it keeps exp in range without a maximum per segment.
@@ -243,4 +260,10 @@ def pool_interests(
         value = summed(embedding) / size.clamp(min=1)[:, None]
     shape = (num_users, num_clusters)
     # Not -1: with no users it would be ambiguous.
-    return Interests(center.view(*shape, key.shape[1]), value.view(*shape, embedding.shape[1]), size.view(shape), scale)
+    return Interests(
+        center.view(*shape, key.shape[1]),
+        value.view(*shape, embedding.shape[1]),
+        size.view(shape),
+        variance.view(*shape, key.shape[1]),
+        scale,
+    )

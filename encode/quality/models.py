@@ -41,8 +41,14 @@ class Model:
     """Switches that differ from the defaults of the class."""
 
 
-_PAPER = {"center": "unit", "pooling": "relevance", "remembered": 0}
-_OURS = {"metric": "joint"}
+_PAPER = {
+    "center": "unit",
+    "pooling": "relevance",
+    "moments": "none",
+    "remembered": 0,
+    "counts": False,
+    "center_weight": 0.0,
+}
 MODELS: Mapping[str, Model] = {
     "recent": Model(RecentOnly, "floor"),
     "mean": Model(MeanPooling, "floor"),
@@ -61,19 +67,24 @@ MODELS: Mapping[str, Model] = {
     "sparse-ctr": Model(SparseCTR, "newer"),
     "self-modulating": Model(SelfModulatingAttention, "newer"),
     "encode-paper": Model(Variant, "ours", reduces=True, options=_PAPER),
-    "encode": Model(Variant, "ours", reduces=True, options=_OURS),
+    "encode": Model(Variant, "ours", reduces=True),
 }
 
 ABLATIONS = (
-    *(f"encode:num_clusters={k}" for k in (4, 8, 16, 64)),
+    *(f"encode:num_clusters={k}" for k in (1, 4, 8, 16, 64)),
     *(f"encode:projected_dim={p}" for p in (4, 8, 32, 64)),
-    "encode:metric=key",
+    "encode:metric=joint",
     "encode:metric=embedding",
     "encode:metric=random",
     "encode:center=unit",
     "encode:pooling=relevance",
+    "encode:center_weight=0.0",
+    "encode:center_weight=0.01",
+    "encode:center_weight=0.03",
+    "encode:counts=false",
     "encode:remembered=0",
     "encode:remembered=512",
+    "encode:moments=none",
     "encode:moments=keys",
     "encode:moments=values",
     "encode:moments=values,rank=4",
@@ -99,7 +110,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "ablations": ABLA
 _BACKBONE: Mapping[str, Any] = {
     name: field.annotation
     for name, field in ModelConfig.model_fields.items()
-    if name not in ("num_remembered", "pooling", "size_prior")
+    if name not in ("center_weight", "num_remembered", "pooling", "size_prior")
 }
 """Switches of the backbone and their types; those left out are read by the platform's own ENCODE alone."""
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
 from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
-from encode.model.reduction import random_projection
-from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember, weigh
+from encode.model.reduction import center_loss, linear_decoder, random_projection
+from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember, times_of, weigh
 
 
 class Moments(NamedTuple):
@@ -41,8 +41,9 @@ class Variant(LongTerm):
     """ENCODE (arXiv 2508.13567), and what could be had instead of each of its parts.
 
     beta_k = softmax_k(rho(h_t, c_k) + log prior_k [+ s^2 h_t^T Lambda_k h_t / 2]), v = sum_k beta_k z_k, where z_k may
-    become z_k + s Sigma_k^T h_t. With second moments the attention is exact in expectation for clusters that are
-    Gaussian (s is the scale of the relevance): sum_i exp(s q.k_i) = n exp(s q.mu + s^2 q^T Lambda q / 2).
+    become z_k + s Sigma_k^T h_t, or z_k + s B^T Lambda_k h_t. With second moments the attention is exact in expectation
+    for clusters that are Gaussian (s is the scale of the relevance): sum_i exp(s q.k_i) = n exp(s q.mu + s^2 q^T Lambda
+    q / 2). Of Lambda_k, the covariance of a cluster's keys, the diagonal is kept.
 
     Args:
         sizes: of the backbone.
@@ -54,10 +55,12 @@ class Variant(LongTerm):
         center: mean of the cluster's keys, which is shorter the wider the cluster is, or its direction.
         size_prior: eta, weight of log n_k.
         decay: lambda a day: n_k becomes sum_i exp(-lambda age_i).
-        moments: second moments: none, of keys, or of keys and with values.
+        moments: second moments: none, of keys, of keys with their linear decoder, or of keys and with values.
         sharpness: of soft assignment, where behavior i counts for cluster k with softmax_k(sharpness rho(c_k, h_i));
             None is hard.
         affinity: whether the MLP gets the affinity to the interests as a whole.
+        counts: whether it gets how often the target is remembered, log(1 + n_t).
+        center_weight: of the center loss (`reduction.center_loss`).
         remembered: M, items of a user, the most frequent ones, whose counts are kept by themselves. A target that is
             one of them attends to it as to a cluster of its own, with its own key and embedding: the one term of full
             attention that a cluster renders worst is that of the target itself. Its behaviors stay in their clusters.
@@ -75,24 +78,32 @@ class Variant(LongTerm):
         center: Literal["mean", "unit"] = "mean",
         size_prior: float = 1.0,
         decay: float = 0.0,
-        moments: Literal["none", "keys", "values"] = "none",
+        moments: Literal["none", "keys", "decoded", "values"] = "decoded",
         rank: int | None = None,
         sharpness: float | None = None,
         affinity: bool = True,
         remembered: int = 4096,
+        counts: bool = True,
+        center_weight: float = 0.003,
     ) -> None:
         super().__init__()
-        self.num_scalars = int(affinity)
+        self.num_scalars = int(affinity) + int(counts)
         self.clustering = ClusteringConfig(num_clusters=num_clusters)
         self.grouping, self.metric, self.pooling, self.center = grouping, metric, pooling, center
         self.size_prior, self.decay, self.moments, self.sharpness = size_prior, decay, moments, sharpness
-        self.remembered = remembered
+        self.remembered, self.counts, self.center_weight = remembered, counts, center_weight
         self.affinity, self.value_weight = affinity, value_weight
         narrow = torch.randn(sizes.embedding_dim, rank) / sizes.embedding_dim**0.5 if rank else None
         self.narrow = nn.Parameter(narrow) if narrow is not None else None
+        self.decoder: Tensor
+        self.register_buffer("decoder", torch.zeros(sizes.projected_dim, sizes.embedding_dim))
         generator = torch.Generator().manual_seed(1)
         self.other: Tensor
         self.register_buffer("other", random_projection(sizes.embedding_dim, sizes.projected_dim, generator))
+
+    def follow(self, catalog: Catalog, count: Float[Tensor, " V"]) -> None:
+        """Fit how embeddings change where keys do."""
+        self.decoder = linear_decoder(catalog.key, catalog.embedding, count)
 
     def assign(self, catalog: Catalog, behaviors: Behaviors) -> Ints:
         """Return the cluster of each behavior within its history, [N]."""
@@ -157,19 +168,23 @@ class Variant(LongTerm):
             pairs = history.key[..., None] * values[:, :, None]  # G L P D
             covariance = (share @ pairs.flatten(2)).view(*size.shape, *pairs.shape[2:]) / count[..., None]
             covariance = covariance - mean[..., None] * (share @ values / count)[:, :, None]
-        center = unit if self.center == "unit" else mean
         remembered = remember(history.item, self.remembered)
-        return Moments(center, value, size, log_prior, history.scale, variance, covariance, remembered)
+        return Moments(mean, value, size, log_prior, history.scale, variance, covariance, remembered)
 
     def profile(self, state: Moments, history: History) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size."""
         share = state.size / state.size.sum(1, keepdim=True).clamp(min=1e-6)
         return (share[:, None] @ state.value).squeeze(1)
 
+    def auxiliary_loss(self, state: Moments, history: History) -> Float[Tensor, ""]:
+        """Return the center loss, weighted."""
+        return self.center_weight * center_loss(state.center, state.size, state.scale)
+
     def read(self, state: Moments, target: Target) -> Read:
-        """Return v, and the affinity of the target to the interests as a whole."""
+        """Return v, the affinity of the target to the interests as a whole, and how often it is remembered."""
         prior = state.log_prior.masked_fill(state.size == 0, torch.finfo(target.key.dtype).min)[:, None]
-        logits = relevance_of_all(target.key, state.center, state.scale) + prior
+        center = F.normalize(state.center, dim=2) if self.center == "unit" else state.center
+        logits = relevance_of_all(target.key, center, state.scale) + prior
         if state.variance is not None:
             spread = target.key.square() @ state.variance.transpose(1, 2)
             logits = logits + 0.5 * state.scale.square() * spread
@@ -179,11 +194,14 @@ class Variant(LongTerm):
         every, affinity = weigh(logits, prior)
         weights = every[..., :-1]
         vector = weights @ state.value + every[..., -1:] * target.embedding
+        if self.moments == "decoded" and state.variance is not None:
+            vector = vector + (state.scale * target.key * (weights @ state.variance)) @ self.decoder
         if state.covariance is not None:
             tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
             vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
-        scalars = affinity[..., None]
-        return Read(vector[:, :, None], scalars if self.affinity else scalars[..., :0])
+        times = times_of(target.item, state.remembered).to(affinity.dtype)
+        scalars = [*([affinity] if self.affinity else []), *([times.log1p()] if self.counts else [])]
+        return Read(vector[:, :, None], torch.stack(scalars, 2) if scalars else vector[..., :0])
 
 
 def _rank_of_category(behaviors: Behaviors) -> Ints:

@@ -89,6 +89,7 @@ def slow_row(user, events, space, starts=None):
         found.append(
             {
                 "center": center,
+                "variance": sum((keys[i] - center) ** 2 for i in members) / len(members),
                 "value": sum(w * values[i] for w, i in zip(weights, members, strict=True)) / sum(weights),
                 "size": len(members),
                 "newest": max(events[i][2] for i in members),
@@ -105,7 +106,7 @@ def assert_is_the_plain_loop(row, user, events, space, starts=None):
     assert row["num_behaviors"] == len(events) == sum(row["size"])
     for name in ("size", "newest", "top_items"):
         assert row[name] == [one[name] for one in expected]
-    for name in ("center", "value"):
+    for name in ("center", "variance", "value"):
         np.testing.assert_allclose(np.ravel(row[name]), np.ravel([one[name] for one in expected]), atol=1e-6)
     assert row["size"] == sorted(row["size"], reverse=True)
     counts = Counter(rows_of_table(events, space))

@@ -28,7 +28,7 @@ def draw(seed, lengths, num_clusters, D=8, P=4, share_of_zero_keys=0.0, num_rows
 
 
 def by_torch(labels, behaviors, embedding, scale, by_relevance, num_clusters, dtype):
-    """Centers, values and sizes of the non-empty clusters, largest first, one user after the other."""
+    """Centers, variances, values and sizes of the non-empty clusters, largest first, one user after the other."""
     num_users = len(behaviors.offsets) - 1
     user = np.repeat(np.arange(num_users), np.diff(behaviors.offsets))
     found = pool_interests(
@@ -43,7 +43,7 @@ def by_torch(labels, behaviors, embedding, scale, by_relevance, num_clusters, dt
     size = found.size.long()
     order = [(u, k) for u in range(num_users) for k in sorted(range(num_clusters), key=lambda k: -size[u, k])]
     rows = tuple(torch.tensor([(u, k) for u, k in order if size[u, k] > 0], dtype=torch.long).reshape(-1, 2).T)
-    return found.center[rows].numpy(), found.value[rows].numpy(), size[rows].numpy()
+    return tuple(part[rows].numpy() for part in (found.center, found.variance, found.value, size))
 
 
 @given(
@@ -60,8 +60,10 @@ def test_pooling_is_that_of_training(seed, lengths, num_clusters, dims, share_of
     """In doubles to 1e-6; in floats, where torch is the less exact, to 1e-5 at a scale that training sees."""
     labels, behaviors, embedding = draw(seed, lengths, num_clusters, *dims, share_of_zero_keys)
     found = pool(labels, behaviors, embedding, scale, by_relevance, num_clusters)
-    center, value, size = by_torch(labels, behaviors, embedding, scale, by_relevance, num_clusters, torch.float64)
+    dtype = torch.float64
+    center, variance, value, size = by_torch(labels, behaviors, embedding, scale, by_relevance, num_clusters, dtype)
     np.testing.assert_allclose(found.center, center, atol=1e-6)
+    np.testing.assert_allclose(found.variance, variance, atol=1e-6)
     np.testing.assert_allclose(found.value, value, atol=1e-6)
     np.testing.assert_array_equal(found.size, size)
 
@@ -70,7 +72,7 @@ def test_pooling_is_that_of_training(seed, lengths, num_clusters, dims, share_of
 def test_pooling_in_floats_is_that_of_training(by_relevance):
     labels, behaviors, embedding = draw(0, [3000, 1, 500], 4)
     found = pool(labels, behaviors, embedding, 8.0, by_relevance, 4)
-    center, value, _ = by_torch(labels, behaviors, embedding, 8.0, by_relevance, 4, torch.float32)
+    center, _, value, _ = by_torch(labels, behaviors, embedding, 8.0, by_relevance, 4, torch.float32)
     np.testing.assert_allclose(found.center, center, atol=1e-5)
     np.testing.assert_allclose(found.value, value, atol=1e-5)
 
@@ -129,8 +131,9 @@ def test_a_long_history_loses_nothing_to_rounding():
     """100,000 behaviors in two clusters, summed in doubles; many more distinct items than fit beside each other."""
     labels, behaviors, embedding = draw(4, [100_000, 5], 2, num_rows=30_000)
     found = pool(labels, behaviors, embedding, 8.0, True, 2)
-    center, value, size = by_torch(labels, behaviors, embedding, 8.0, True, 2, torch.float64)
+    center, variance, value, size = by_torch(labels, behaviors, embedding, 8.0, True, 2, torch.float64)
     np.testing.assert_allclose(found.center, center, atol=2e-7)
+    np.testing.assert_allclose(found.variance, variance, atol=2e-7)
     np.testing.assert_allclose(found.value, value, atol=2e-7)
     for k in range(2):
         label = labels[0] if (labels[:100_000] == labels[0]).sum() == size[k] else 1 - labels[0]

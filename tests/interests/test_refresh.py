@@ -425,7 +425,7 @@ def test_a_bucket_stays_within_the_memory_that_it_is_allowed(write_day, tmp_path
         peaks.append(tuple(map(int, told.split())))
     assert manifest_of(FolderStorage(roots["large"]), space).counts["users"] == 120_000
     assert all(peak <= allowed for peak, allowed in peaks), peaks
-    assert peaks[0][1] < 120_000 * 700, "and it is not allowed just anything"
+    assert peaks[0][1] < 120_000 * 800, "and it is not allowed just anything"
 
 
 # --- damage, and what its messages tell to do ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The triplet loss by hand, and that training on it alone keeps distances better than chance does."""
+"""Both losses by hand, and that training on each alone does what it is for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from encode.model.reduction import draw_triplets, dynamic_triplet_loss, principal_projection, random_projection
+from encode.model.reduction import (
+    center_loss,
+    draw_triplets,
+    dynamic_triplet_loss,
+    linear_decoder,
+    principal_projection,
+    random_projection,
+)
 
 
 def at_angles(*degrees: float) -> torch.Tensor:
@@ -139,6 +146,57 @@ def test_training_on_the_loss_alone_keeps_the_order_of_distances_better():
         optimizer.step()
     assert start < 0.85
     assert agreement() > start + 0.05
+
+
+def test_center_loss_is_the_spread_of_keys_around_their_centers():
+    """By definition, sum_i |h_i - c_k(i)|^2 / n of each history, then their mean times s^2 / P; the last has none."""
+    generator = torch.Generator().manual_seed(0)
+    key = F.normalize(torch.randn(3, 40, 6, generator=generator), dim=2)
+    cluster = torch.randint(4, (3, 40), generator=generator)
+    counts = [40, 25, 0]
+    center, size, expected = torch.zeros(3, 5, 6), torch.zeros(3, 5), 0.0
+    for user, count in enumerate(counts):
+        for k in range(5):
+            own = key[user, :count][cluster[user, :count] == k]
+            size[user, k] = len(own)
+            if len(own):
+                center[user, k] = own.mean(0)
+                expected += (own - center[user, k]).square().sum().item() / count
+    assert center_loss(center, size, torch.tensor(3.0)).item() == pytest.approx(9 * expected / 3 / 6, rel=1e-5)
+    assert center_loss(center[:0], size[:0], torch.tensor(3.0)) == 0
+
+
+def test_center_loss_moves_keys_to_their_centers_and_leaves_the_scale_alone():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(1, 20, 6, generator=generator, requires_grad=True)
+    scale = torch.tensor(5.0, requires_grad=True)
+    member = F.one_hot(torch.arange(20) % 4, 4).float().T
+    optimizer = torch.optim.Adam([raw, scale], lr=0.05)
+    losses = []
+    for _ in range(100):
+        center = member @ F.normalize(raw, dim=2) / 5
+        loss = center_loss(center, torch.full((1, 4), 5.0), scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0]
+    assert scale.item() == 5
+
+
+def test_the_decoder_is_the_least_squares_fit_of_items_as_often_as_they_occur():
+    generator = torch.Generator().manual_seed(0)
+    key, embedding = torch.randn(40, 3, generator=generator), torch.randn(40, 5, generator=generator)
+    count = torch.randint(0, 9, (40,), generator=generator)
+    h, e = (table.repeat_interleave(count, 0).double().numpy() for table in (key, embedding))
+    expected = np.linalg.lstsq(h - h.mean(0), e - e.mean(0))[0]
+    np.testing.assert_allclose(linear_decoder(key, embedding, count.float()).numpy(), expected, atol=1e-4)
+
+
+def test_a_decoder_of_keys_in_a_plane_or_of_nothing_is_finite():
+    flat = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.6, 0.8, 0]])
+    assert linear_decoder(flat, torch.eye(3), torch.ones(3)).isfinite().all()
+    assert not linear_decoder(flat, torch.eye(3), torch.zeros(3)).any()
 
 
 def test_principal_projection_keeps_what_varies_most():

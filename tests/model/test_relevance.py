@@ -25,6 +25,7 @@ from encode.model.relevance import (
     relevance,
     relevance_of_all,
     remember,
+    times_of,
 )
 from encode.schema import UNKNOWN
 
@@ -244,24 +245,32 @@ def test_counts_stop_at_what_two_bytes_hold():
 def test_a_target_attends_to_its_own_past_as_to_one_more_interest():
     """By hand: one interest of 4 at rho = 0, and 2 behaviors with the target itself at rho = ln 8: weights 4 : 16."""
     interests = Interests(
-        torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[10.0]]]), torch.tensor([[4.0]]), torch.tensor(math.log(8))
+        torch.tensor([[[0.0, 1.0]]]),
+        torch.tensor([[[10.0]]]),
+        torch.tensor([[4.0]]),
+        torch.zeros(1, 1, 2),
+        torch.tensor(math.log(8)),
     )
     remembered = Remembered(torch.tensor([[5, 7, NO_ITEM]]), torch.tensor([[1, 2, 0]]))
     query, embedding = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[20.0], [20.0]]])
-    found = attend_interests(query, torch.tensor([[7, 6]]), embedding, interests, remembered, 1.0)
+    found = attend_interests(query, torch.tensor([[7, 6]]), embedding, interests, remembered, torch.ones(2, 1), 1.0)
     assert found.weights[0, 0].tolist() == pytest.approx([0.2, 0.8])
     assert found.value[0, 0].item() == pytest.approx(18)
     assert found.affinity[0, 0].item() == pytest.approx(math.log(20 / 6))
     assert found.weights[0, 1].tolist() == [1, 0], "item 6 is not remembered"
     assert found.value[0, 1].item() == pytest.approx(10)
     assert found.affinity[0, 1].item() == pytest.approx(0, abs=1e-6)
+    assert times_of(torch.tensor([[7, 6, 5, 8]]), remembered).tolist() == [[2, 0, 1, 0]]
 
 
 def test_nobody_and_nothing_remembered_gives_zeros():
-    interests = Interests(torch.zeros(1, 2, P), torch.zeros(1, 2, D), torch.zeros(1, 2), torch.tensor(8.0))
+    none = torch.zeros(1, 2, P)
+    interests = Interests(none, torch.zeros(1, 2, D), torch.zeros(1, 2), none, torch.tensor(8.0))
     remembered = remember(torch.zeros(1, 0, dtype=torch.long), 4)
     query = unit(torch.Generator().manual_seed(0), 1, 3, P)
-    found = attend_interests(query, torch.tensor([[2, 3, 4]]), torch.ones(1, 3, D), interests, remembered, 1.0)
+    found = attend_interests(
+        query, torch.tensor([[2, 3, 4]]), torch.ones(1, 3, D), interests, remembered, torch.ones(P, D), 1.0
+    )
     assert found.value.abs().sum() == found.affinity.abs().sum() == found.weights.abs().sum() == 0
 
 
@@ -277,7 +286,9 @@ def test_remembering_is_nearer_to_full_attention_for_what_was_had_often():
     interests = pool_interests(values[item], table[item], torch.from_numpy(labels).long(), 1, 4, scale, False)
     query, target = table[17][None, None], torch.tensor([[17 + 2]])
     exact = full_attention(query[0], table[item], values[item], 12.0)
-    with_it = attend_interests(query, target, values[17][None, None], interests, remember(item[None] + 2, 300), 1.0)
+    known, none = remember(item[None] + 2, 300), torch.zeros(P, D).double()
+    interests = interests._replace(variance=torch.zeros_like(interests.variance))
+    with_it = attend_interests(query, target, values[17][None, None], interests, known, none, 1.0)
     without = over_interests(query[0], interests)
     assert (with_it.value[0] - exact).norm() < 0.7 * (without - exact).norm()
 

@@ -70,7 +70,7 @@ def files(space_and_reader):
     remembered = REMEMBERED, (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.arange(2, 9), np.arange(1, 8))
     interests, recent = (space.items.key[rows], space.items.embedding[rows]), np.array([6, 5, 0, 0])
     users = [
-        user_state(*interests, torch.tensor(size), space.scale, *items, recent)
+        user_state(*interests, torch.tensor(size), torch.full_like(interests[0], 0.01), space.scale, *items, recent)
         for size, items in zip(sizes, remembered, strict=True)
     ]
     card = ModelCard(
@@ -333,6 +333,7 @@ def test_a_candidate_is_scored_alone(space_and_reader):
         space.items.key[rows],
         space.items.embedding[rows],
         torch.tensor([5.0, 2, 1]),
+        torch.full((3, MODEL.projected_dim), 0.01),
         space.scale,
         *REMEMBERED,
         np.array([4, 5, 0, 0]),

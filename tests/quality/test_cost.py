@@ -77,13 +77,13 @@ def test_what_is_kept_by_hand():
         "moments": measure_cost(*reader_of(Variant, num_clusters=5, moments="values")).state_bytes,
         "full": measure_cost(*reader_of(FullAttention)).state_bytes,
     }
-    variant = 5 * (P + D + 2) + 1  # center, value, size and log prior of each, and the scale
+    variant = 5 * (2 * P + D + 2) + 1  # center, variance, value, size and log prior of each, and the scale
     remembered = 2 * 8 * (V - 2)  # index and count of every item but padding and unknown: there are fewer than M
     assert found == {
         "mean": 4 * (D + D),
         "recent": 4 * D,
         "variant": 4 * (variant + D) + remembered,
-        "moments": 4 * (variant + 5 * (P + P * D) + D) + remembered,
+        "moments": 4 * (variant + 5 * P * D + D) + remembered,
         "full": 8 * 1_000 * 2,  # the item and the kind of each behavior
     }
 

@@ -17,6 +17,7 @@ from encode.model.long_term import Behaviors, Catalog, History, Sizes, Target
 from encode.quality.models import MODELS
 from encode.quality.rivals.attention import FullAttention
 from encode.quality.variants import Variant
+from encode.schema import UNKNOWN
 
 D, P, K = 6, 4, 3
 NUM_ITEMS, NUM_CATEGORIES = 12, 5
@@ -106,12 +107,15 @@ def test_as_it_is_it_is_what_the_platform_trains(seed, lengths, padding, num_clu
     ours = Variant(SIZES, num_clusters=num_clusters)
     theirs = Clustered(CONFIG, ClusteringConfig(num_clusters=num_clusters))
     catalog, history, target = case_of(ours, lengths, max(lengths) + padding, seed)
+    for model in (ours, theirs):
+        model.follow(catalog, torch.ones(NUM_ITEMS))
+    assert ours.decoder.abs().sum() > 0
     behaviors = behaviors_of(catalog, lengths, seed)
     np.testing.assert_array_equal(ours.assign(catalog, behaviors), theirs.assign(catalog, behaviors))
     found, expected = ours.summarise(history), theirs.summarise(history)
     used = expected.interests.size.shape[1]
     assert not found.size[:, used:].any()
-    for name in ("center", "value", "size"):
+    for name in ("center", "value", "size", "variance"):
         one, other = getattr(found, name)[:, :used], getattr(expected.interests, name)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     for one, other in (
@@ -120,6 +124,8 @@ def test_as_it_is_it_is_what_the_platform_trains(seed, lengths, padding, num_clu
         (ours.read(found, target).scalars, theirs.read(expected, target).scalars),
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    loss = ours.auxiliary_loss(found, history)
+    torch.testing.assert_close(loss, theirs.auxiliary_loss(expected, history), atol=1e-6, rtol=1e-4)
     assert (ours.num_vectors, ours.num_scalars) == (theirs.num_vectors, theirs.num_scalars)
 
 
@@ -150,6 +156,7 @@ ALL = [
     {"size_prior": 0.0},
     {"decay": 0.1},
     {"moments": "keys"},
+    {"moments": "decoded"},
     {"moments": "values"},
     {"sharpness": 1.0},
     {"affinity": False},
@@ -164,6 +171,27 @@ def made(**options) -> Variant:
 @pytest.mark.parametrize("options", [one for one in ALL[1:] if one != {"affinity": False}])
 def test_each_switch_changes_what_is_read(options):
     assert not torch.allclose(vectors(made()), vectors(made(**options)), atol=1e-3)
+
+
+def test_the_decoder_follows_the_tables():
+    model = made(moments="decoded")
+    before = vectors(model)
+    model.follow(catalog_of(), torch.ones(NUM_ITEMS))
+    assert not torch.allclose(vectors(model), before, atol=1e-3)
+
+
+def test_counts_are_how_often_a_target_was_had():
+    model = made(counts=True, remembered=NUM_ITEMS)
+    _, history, target = case_of(model)
+    found = model.read(model.summarise(history), target).scalars
+    assert found.shape[2] == model.num_scalars == 2
+    for user in range(len(LENGTHS)):
+        times = [
+            (item > UNKNOWN) * (history.item[user][history.mask[user]] == item).sum() for item in target.item[user]
+        ]
+        torch.testing.assert_close(found[user, :, 1].expm1(), torch.stack(times).float(), atol=1e-4, rtol=1e-5)
+    forgetful = made(counts=True, remembered=0, affinity=False)
+    assert not forgetful.read(forgetful.summarise(history), target).scalars.any()
 
 
 def test_affinity_is_all_that_goes_without_it():
@@ -348,9 +376,10 @@ def test_the_size_prior_is_a_power_of_the_size():
             assert state.log_prior[user, k].item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("moments", ["keys", "values"])
+@pytest.mark.parametrize("moments", ["keys", "decoded", "values"])
 def test_moments_in_loops(moments):
     model, history, target, state = spread_out(moments=moments, center="mean", pooling="mean")
+    model.decoder = torch.randn(P, D, generator=torch.Generator().manual_seed(5))
     found = model.read(state, target)
     for user in range(2):
         for place, q in enumerate(target.key[user]):
@@ -362,7 +391,8 @@ def test_moments_in_loops(moments):
                 variance = sum((h - mean) ** 2 for h in key) / len(own)
                 covariance = sum(torch.outer(h - mean, e - middle) for h, e in zip(key, value, strict=True)) / len(own)
                 logits.append(SCALE * (q @ mean) + math.log(len(own)) + SCALE**2 * (q * variance) @ q / 2)
-                tilted.append(middle + (SCALE * covariance.T @ q if moments == "values" else 0))
+                moved = {"values": covariance.T, "decoded": model.decoder.T * variance, "keys": torch.zeros(D, P)}
+                tilted.append(middle + SCALE * moved[moments] @ q)
             logit = torch.stack(logits)
             expected = sum(w * z for w, z in zip(logit.softmax(0), tilted, strict=True))
             torch.testing.assert_close(found.vectors[user, place, 0], expected, atol=2e-4, rtol=2e-3)
@@ -390,17 +420,19 @@ def test_with_moments_gaussian_clusters_are_all_but_full_attention(goes_along):
     full = FullAttention(SIZES)
     exact = full.read(full.summarise(history), target)
     error, affinity = {}, {}
-    for moments in ("none", "keys", "values"):
+    for moments in ("none", "keys", "decoded", "values"):
         model = made(center="mean", pooling="mean", moments=moments)
+        model.decoder = slope
         found = model.read(model.summarise(history), target)
         error[moments] = ((found.vectors - exact.vectors).norm() / exact.vectors.norm()).item()
         affinity[moments] = (found.scalars - exact.scalars).abs().max().item()
     assert affinity["keys"] < 0.1 * affinity["none"]
     if goes_along:
-        assert error["values"] < 0.1 * min(error["none"], error["keys"])
+        assert max(error["values"], error["decoded"]) < 0.1 * min(error["none"], error["keys"])
     else:
         assert error["keys"] < 0.1 * error["none"]
         assert error["values"] == pytest.approx(error["keys"], abs=0.01)
+        assert error["decoded"] == error["keys"]
 
 
 def test_covariance_by_hand():
@@ -438,7 +470,7 @@ def test_soft_assignment_in_loops():
             total = sum(one[k] * history.key[user, i] for i, one in enumerate(share))
             value = sum(one[k] * history.embedding[user, i] for i, one in enumerate(share)) / size
             assert state.size[user, k].item() == pytest.approx(size, rel=1e-4)
-            torch.testing.assert_close(state.center[user, k], F.normalize(total, dim=0), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(state.center[user, k], total / size, atol=1e-4, rtol=1e-3)
             torch.testing.assert_close(state.value[user, k], value, atol=1e-4, rtol=1e-3)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from encode.model.long_term import History, LongTerm, Read, Sizes, Target, only_vector
 from encode.model.relevance import attend
+from encode.schema import UNKNOWN
 
 _PAIRS_AT_A_TIME = 1 << 20
 """Pairs of target and behavior for which the hidden layer of `DinUnit` is held at a time."""
@@ -25,6 +26,7 @@ class Whole(NamedTuple):
     embedding: Float[Tensor, "G L D"]
     key: Float[Tensor, "G L P"]
     mask: Bool[Tensor, "G L"]
+    item: Int64[Tensor, "G L"]
     scale: Float[Tensor, ""]
 
 
@@ -33,23 +35,29 @@ class FullAttention(LongTerm):
 
     The relevance rho is the backbone's, the same that ENCODE clusters and reads by, so what ENCODE loses against this
     is what clustering costs. Like ENCODE it also gives the affinity of the target to the history as a whole.
+
+    Args:
+        sizes: of the backbone.
+        counts: whether it gives, as ENCODE does, how often the target is in the history, log(1 + n_t).
     """
 
-    num_scalars = 1
     target_free = False
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, *, counts: bool = False) -> None:
         super().__init__()
+        self.num_scalars = 1 + int(counts)
 
     def summarise(self, history: History) -> Whole:
         """Return the history itself."""
-        return Whole(history.embedding, history.key, history.mask, history.scale)
+        return Whole(history.embedding, history.key, history.mask, history.item, history.scale)
 
     def read(self, state: Whole, target: Target) -> Read:
-        """Return the attention's vector and its affinity."""
+        """Return the attention's vector, its affinity, and how often the target is in the history."""
         none = torch.zeros_like(state.mask, dtype=target.key.dtype)
         found = attend(target.key, state.key, state.embedding, none, state.mask, state.scale)
-        return Read(found.value[:, :, None], found.affinity[:, :, None])
+        same = (state.item[:, None] == target.item[..., None]) & (target.item > UNKNOWN)[..., None]
+        times = same.sum(2).to(found.affinity.dtype)
+        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2)[..., : self.num_scalars])
 
 
 class DinUnit(LongTerm):
@@ -84,7 +92,7 @@ class DinUnit(LongTerm):
 
     def summarise(self, history: History) -> Whole:
         """Return the history itself."""
-        return Whole(history.embedding, history.key, history.mask, history.scale)
+        return Whole(history.embedding, history.key, history.mask, history.item, history.scale)
 
     def read(self, state: Whole, target: Target) -> Read:
         """Return the weighted sum of the history; targets are taken in parts that bound the memory."""
