@@ -84,7 +84,7 @@ class Variant(LongTerm):
         affinity: bool = True,
         remembered: int = 4096,
         counts: bool = True,
-        center_weight: float = 0.003,
+        center_weight: float = 0.005,
     ) -> None:
         super().__init__()
         self.num_scalars = int(affinity) + int(counts)
