@@ -81,9 +81,13 @@ class ModelConfig(Section):
     category_dim: Positive = 16
     projected_dim: Positive = 16
     """P: width of h = W_h^T e, in which behaviors are compared, clustered and attended to."""
-    reduction: Literal["learned", "random", "pca", "none"] = "learned"
+    reduction: Literal["learned", "random", "pca", "none", "table"] = "learned"
     """`random` keeps the random projection that `learned` starts from; `pca` takes the directions in which the
-    embeddings of the moment vary most; `none` compares the embeddings themselves, projected_dim = embedding_dim."""
+    embeddings of the moment vary most; `none` compares the embeddings themselves, projected_dim = embedding_dim;
+    `table` learns the keys as tables of their own, so that attending and representing are apart."""
+    selection: Literal["all", "semi-hard", "category"] = "all"
+    """Triplets that teach the reduction: all that are drawn; those that hold in order but not by the margin yet; or
+    those with one of the two others of the anchor's category, which is then the positive."""
     margin: Literal["dynamic", "fixed"] = "dynamic"
     margin_weight: Annotated[float, Field(ge=0)] = 0.5
     """lambda of the dynamic margin; the margin itself when it is fixed."""

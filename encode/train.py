@@ -157,6 +157,7 @@ def fit(
     for epoch in range(training.num_epochs):
         started = time.monotonic()
         losses = run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
+        reader.eval()
         _follow(tables, reader, train)
         measured = summary(shown.user, shown.labels, predict(tables.all_items(), reader, valid), shown.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
@@ -205,10 +206,10 @@ def run_epoch(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Run the offline stage with the embeddings of the moment, then go once over the impressions."""
-    _follow(tables, reader, replay)
-    labels = assign(replay, tables.all_items(), reader.long_term.assign)
     tables.train()
     reader.train()
+    _follow(tables, reader, replay)
+    labels = assign(replay, tables.all_items(), reader.long_term.assign)
     parameters = [
         parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
@@ -251,8 +252,16 @@ def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: t
     rank, world = place()
     own = triplets[triplets[:, 0] % world == rank] if batch.weight > 0 else triplets[:0]
     behavior = batch.history[own[:, :1] // world, own[:, 1:]]
-    embedding = tables.embed(batch.items[behavior]).detach()
-    loss = dynamic_triplet_loss(embedding, embedding @ tables.projection, model.margin_weight, model.margin)
+    items = batch.items[behavior]
+    embedding = tables.embed(items).detach()
+    loss = dynamic_triplet_loss(
+        embedding,
+        embedding @ tables.projection,
+        model.margin_weight,
+        model.margin,
+        semi_hard=model.selection == "semi-hard",
+        category=tables.item_category[items] if model.selection == "category" else None,
+    )
     return loss * (len(own) / max(1, len(triplets)))
 
 

@@ -45,11 +45,17 @@ class Tables(nn.Module):
         self.item = nn.Embedding(len(item_category), config.embedding_dim - config.category_dim, PADDING, sparse=True)
         self.category = nn.Embedding(num_categories, config.category_dim, PADDING, sparse=True)
         self.kind = nn.Embedding(num_kinds, config.embedding_dim) if num_kinds > 1 else None
-        for table in (self.item, self.category, self.kind):
+        own = config.reduction == "table"
+        P = config.projected_dim
+        self.item_key = nn.Embedding(len(item_category), P, PADDING, sparse=True) if own else None
+        self.category_key = nn.Embedding(num_categories, P, PADDING, sparse=True) if own else None
+        for table in (self.item, self.category, self.kind, self.item_key, self.category_key):
             if table is not None:
                 nn.init.normal_(table.weight, std=config.initial_std)
         with torch.no_grad():
-            self.item.weight[PADDING] = self.category.weight[PADDING] = 0
+            for table in (self.item, self.category, self.item_key, self.category_key):
+                if table is not None:
+                    table.weight[PADDING] = 0
         self.item_category: Tensor
         self.register_buffer("item_category", item_category)
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +67,8 @@ class Tables(nn.Module):
 
     def by_id(self) -> list[Tensor]:
         """Return the tables with a row an id, whose gradients hold the rows of a batch only."""
-        return [self.item.weight, self.category.weight]
+        tables = (self.item, self.category, self.item_key, self.category_key)
+        return [table.weight for table in tables if table is not None]
 
     def embed(self, index: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape D"]:
         """Return e: the item's part and its category's part side by side."""
@@ -71,7 +78,7 @@ class Tables(nn.Module):
         """Embed and project the items of a batch, or `all_items`."""
         embedding = self.embed(index)
         kind = embedding.new_zeros(1, embedding.shape[-1]) if self.kind is None else self.kind.weight
-        return Catalog(embedding, self.project(embedding), self.item_category[index], kind)
+        return Catalog(embedding, self._key(index, embedding), self.item_category[index], kind)
 
     def all_items(self) -> Catalog:
         """Embed and project the whole vocabulary, without gradients."""
@@ -79,8 +86,10 @@ class Tables(nn.Module):
             found = self.items(torch.arange(len(self.item_category)))
         return found._replace(kind=found.kind.detach())
 
-    def project(self, embedding: Float[Tensor, "*shape D"]) -> Float[Tensor, "*shape P"]:
-        """Return h = W_h^T e, of unit length (zero for padding)."""
+    def _key(self, index: Int64[Tensor, " S"], embedding: Float[Tensor, "S D"]) -> Float[Tensor, "S P"]:
+        """Return h = W_h^T e, or what the key tables hold, of unit length (zero for padding)."""
+        if self.item_key is not None and self.category_key is not None:
+            return F.normalize(self.item_key(index) + self.category_key(self.item_category[index]), dim=-1)
         return F.normalize(embedding @ self.projection, dim=-1)
 
     def follow(self, count: Float[Tensor, " V"]) -> None:

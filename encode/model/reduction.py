@@ -70,6 +70,8 @@ def dynamic_triplet_loss(
     projected: Float[Tensor, "T 3 P"],
     margin_weight: float,
     margin: Literal["dynamic", "fixed"],
+    semi_hard: bool = False,
+    category: Int64[Tensor, "T 3"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the mean of L = [D_h(a, p) - D_h(a, n) + alpha]_+ with D = 1 - cos.
 
@@ -84,14 +86,21 @@ def dynamic_triplet_loss(
         projected: h of the same behaviors, of any length.
         margin_weight: lambda, or the margin itself when `margin` is "fixed".
         margin: which of the two.
+        semi_hard: only triplets whose order the projection keeps already, though not by the margin, add loss.
+        category: of the three; then only triplets add loss of which one other is of the anchor's category. That one is
+            the positive.
     """
     if len(original) == 0:
         return projected.sum() * 0
     gap = _distance_gap(original.detach())
     order = torch.sign(gap) * (gap.abs() > _SAME)
+    if category is not None:
+        same = (category[:, :1] == category[:, 1:]).to(gap.dtype)
+        order = same[:, 0] - same[:, 1]
     kept = order * _distance_gap(projected)
     alpha = margin_weight * (gap.abs() if margin == "dynamic" else torch.ones_like(gap))
-    return (F.relu(alpha - kept) * (order != 0)).mean()
+    counts = (order != 0) & (kept > 0 if semi_hard else True)
+    return (F.relu(alpha - kept) * counts).mean()
 
 
 def center_loss(center: Float[Tensor, "G K P"], size: Float[Tensor, "G K"], scale: Tensor) -> Float[Tensor, ""]:

@@ -98,6 +98,10 @@ ABLATIONS = (
     "encode:reduction=none,projected_dim=64",
     "encode:reduction=random",
     "encode:reduction=pca",
+    "encode:reduction=table",
+    "encode:selection=semi-hard",
+    "encode:selection=category",
+    "encode:reclustering=3",
     "encode:triplet_weight=0.0",
     "encode:margin=fixed",
 )

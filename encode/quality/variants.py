@@ -61,6 +61,7 @@ class Variant(LongTerm):
         affinity: whether the MLP gets the affinity to the interests as a whole.
         counts: whether it gets how often the target is remembered, log(1 + n_t).
         center_weight: of the center loss (`reduction.center_loss`).
+        reclustering: epochs of training after which histories are clustered anew; evaluation always clusters anew.
         remembered: M, items of a user, the most frequent ones, whose counts are kept by themselves. A target that is
             one of them attends to it as to a cluster of its own, with its own key and embedding: the one term of full
             attention that a cluster renders worst is that of the target itself. Its behaviors stay in their clusters.
@@ -85,6 +86,7 @@ class Variant(LongTerm):
         remembered: int = 4096,
         counts: bool = True,
         center_weight: float = 0.005,
+        reclustering: int = 1,
     ) -> None:
         super().__init__()
         self.num_scalars = int(affinity) + int(counts)
@@ -92,6 +94,10 @@ class Variant(LongTerm):
         self.grouping, self.metric, self.pooling, self.center = grouping, metric, pooling, center
         self.size_prior, self.decay, self.moments, self.sharpness = size_prior, decay, moments, sharpness
         self.remembered, self.counts, self.center_weight = remembered, counts, center_weight
+        if reclustering < 1:
+            raise ValueError(f"reclustering: found {reclustering}, expected at least 1")
+        self.reclustering, self.epoch = reclustering, 0
+        self.clustered_by: Catalog | None = None
         self.affinity, self.value_weight = affinity, value_weight
         narrow = torch.randn(sizes.embedding_dim, rank) / sizes.embedding_dim**0.5 if rank else None
         self.narrow = nn.Parameter(narrow) if narrow is not None else None
@@ -102,11 +108,16 @@ class Variant(LongTerm):
         self.register_buffer("other", random_projection(sizes.embedding_dim, sizes.projected_dim, generator))
 
     def follow(self, catalog: Catalog, count: Float[Tensor, " V"]) -> None:
-        """Fit how embeddings change where keys do."""
+        """Fit how embeddings change where keys do; before an epoch, take over its tables to cluster by."""
         self.decoder = linear_decoder(catalog.key, catalog.embedding, count)
+        if self.training:
+            self.clustered_by = catalog if self.epoch % self.reclustering == 0 else self.clustered_by
+            self.epoch += 1
 
     def assign(self, catalog: Catalog, behaviors: Behaviors) -> Ints:
         """Return the cluster of each behavior within its history, [N]."""
+        if self.training and self.clustered_by is not None:
+            catalog = self.clustered_by
         offsets, num_clusters = behaviors.offsets, self.clustering.num_clusters
         lengths = np.diff(offsets)
         if self.grouping == "time":

@@ -63,6 +63,24 @@ def test_the_dynamic_margin_asks_for_a_share_of_the_gap():
     assert dynamic_triplet_loss(original, projected, 0.9, "dynamic").item() == pytest.approx(0.4)
 
 
+def test_semi_hard_triplets_are_in_order_but_not_by_the_margin():
+    """Gaps of 1 in the original; the projection keeps 0.5 of one, has turned the other around, and keeps all of one."""
+    original = torch.cat([at_angles(0, 0, 90)] * 3)
+    projected = torch.cat([at_angles(0, 0, 60), at_angles(0, 90, 60), at_angles(0, 0, 90)])
+    losses = [dynamic_triplet_loss(original[i : i + 1], projected[i : i + 1], 0.9, "dynamic").item() for i in range(3)]
+    assert losses == pytest.approx([0.4, 0.9 + 0.5, 0])
+    found = dynamic_triplet_loss(original, projected, 0.9, "dynamic", semi_hard=True)
+    assert found.item() == pytest.approx(0.4 / 3)
+
+
+def test_by_category_the_one_of_the_anchors_category_is_the_positive():
+    """Original gap 0.5 in favor of the first; where the second is of the category, the other order is asked for."""
+    original, projected = at_angles(0, 60, 90), at_angles(0, 60, 90)
+    for category, expected in (([7, 7, 8], 0), ([7, 8, 7], 0.5 + 0.5), ([7, 8, 9], 0), ([7, 7, 7], 0)):
+        found = dynamic_triplet_loss(original, projected, 1.0, "dynamic", category=torch.tensor([category]))
+        assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_equal_others_add_no_loss_but_count_in_the_mean():
     """A history often holds an item twice: then neither other is the positive."""
     original = torch.cat([at_angles(0, 60, 60)[:, [0, 1, 1]], at_angles(0, 60, 90)])

@@ -250,6 +250,22 @@ def test_gradients_are_finite_with_empty_histories(options):
         assert one.grad.any()
 
 
+def test_histories_are_clustered_anew_after_so_many_epochs():
+    """Each epoch has other tables: it is clustered by those of epoch 0, 0, 2, 2; evaluation by those of the moment."""
+    model = made(reclustering=2)
+    tables = [catalog_of(seed) for seed in range(4)]
+    behaviors = behaviors_of(tables[0], [40])
+    fresh = [made().eval().assign(table, behaviors).tolist() for table in tables]
+    assert len({tuple(labels) for labels in fresh}) == 4
+    found = []
+    for table in tables:
+        model.train().follow(table, torch.ones(NUM_ITEMS))
+        found.append(model.assign(table, behaviors).tolist())
+        model.eval().follow(table, torch.ones(NUM_ITEMS))
+        assert model.assign(table, behaviors).tolist() == fresh[len(found) - 1]
+    assert found == [fresh[0], fresh[0], fresh[2], fresh[2]]
+
+
 # --- grouping ----------------------------------------------------------------------------------------------
 
 
