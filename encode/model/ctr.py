@@ -246,10 +246,7 @@ class Reader(nn.Module):
         count = torch.bincount(recent.moment, minlength=len(recent.mask))
         width = int(count.max()) if len(count) else 0
         first = count.cumsum(0) - count
-        seat = (
-            torch.arange(len(key), device=key.device)
-            + (torch.arange(len(count), device=key.device) * width - first)[recent.moment]
-        )
+        seat = recent.moment * width + torch.arange(len(key), device=key.device) - first[recent.moment]
         query = key.new_zeros(len(count) * width, key.shape[1]).index_copy(0, seat, key)
         none = torch.zeros_like(recent.mask, dtype=key.dtype)
         short = attend(query.view(len(count), width, -1), recent.key, recent.embedding, none, recent.mask, self.scale)
