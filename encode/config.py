@@ -93,7 +93,7 @@ class ModelConfig(Section):
     """lambda of the dynamic margin; the margin itself when it is fixed."""
     triplet_weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the triplet loss beside the log loss."""
-    center_weight: Annotated[float, Field(ge=0)] = 0.005
+    center_weight: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the center loss: how close the keys of a cluster are brought together, so that attention to centers is
     attention to behaviors."""
     pooling: Literal["mean", "relevance"] = "mean"

@@ -27,7 +27,7 @@ import torch
 from encode.config import ModelConfig, TrainingConfig
 from encode.errors import ConfigError, DataError
 from encode.quality.cells import Cell, Setup, backbone_of, check_model, run_cell
-from encode.quality.models import choose
+from encode.quality.models import PLATFORM_ONLY, choose
 from encode.quality.report import rows_of
 from encode.quality.tasks import Task, load_task
 
@@ -253,8 +253,8 @@ def _read(path: Path, setup: Setup, cell: Cell) -> Finished:
         raise ConfigError(f"{path}: not a cell of the bench ({type(error).__name__}: {error}); remove it") from None
     training = setup.training.model_copy(update={"learning_rate": cell.learning_rate, "seed": cell.seed})
     backbone = backbone_of(setup, choose(cell.model))
-    expected = training.model_dump(mode="json") | backbone.model_dump(mode="json")
-    if found != expected:
-        other = sorted(key for key in expected if found.get(key) != expected[key])
+    expected = training.model_dump(mode="json") | backbone.model_dump(mode="json", exclude=set(PLATFORM_ONLY))
+    # What a cell does not tell of came later, and its default is how things were.
+    if other := sorted(key for key in found if found[key] != expected.get(key)):
         raise ConfigError(f"{path}: made with other settings ({', '.join(other)}); give another folder")
     return finished

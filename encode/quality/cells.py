@@ -25,7 +25,7 @@ from encode.model.long_term import LongTerm, Sizes
 from encode.outputs import git_commit
 from encode.quality.cost import Cost, measure_cost
 from encode.quality.fidelity import Fidelity, measure_fidelity
-from encode.quality.models import Chosen, choose
+from encode.quality.models import PLATFORM_ONLY, Chosen, choose
 from encode.quality.tasks import Shown, Task
 from encode.train import best_epoch, fit
 
@@ -107,7 +107,7 @@ def run_cell(task: Task, cell: Cell, setup: Setup, say: Callable[[str], None]) -
         "seconds": {"training": trained, "all": time.monotonic() - began},
         "impressions_per_s": len(replays["train"].impressions) * len(epochs) / trained,
         "settings": {
-            "backbone": config.model_dump(mode="json"),
+            "backbone": config.model_dump(mode="json", exclude=set(PLATFORM_ONLY)),
             "training": training.model_dump(mode="json"),
             "long_term": dict(chosen.options),
         },

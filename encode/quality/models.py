@@ -79,8 +79,8 @@ ABLATIONS = (
     "encode:center=unit",
     "encode:pooling=relevance",
     "encode:center_weight=0.0",
-    "encode:center_weight=0.01",
-    "encode:center_weight=0.001",
+    "encode:center_weight=0.005",
+    "encode:center_weight=0.02",
     "encode:counts=false",
     "encode:remembered=0",
     "encode:remembered=512",
@@ -111,12 +111,12 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "ablations": ABLA
 """Names that stand for several models."""
 
 
+PLATFORM_ONLY = frozenset({"center_weight", "num_remembered", "pooling", "size_prior"})
+"""Settings that the platform's own ENCODE reads and no model of the bench; `Variant` has such switches itself."""
 _BACKBONE: Mapping[str, Any] = {
-    name: field.annotation
-    for name, field in ModelConfig.model_fields.items()
-    if name not in ("center_weight", "num_remembered", "pooling", "size_prior")
+    name: field.annotation for name, field in ModelConfig.model_fields.items() if name not in PLATFORM_ONLY
 }
-"""Switches of the backbone and their types; those left out are read by the platform's own ENCODE alone."""
+"""Switches of the backbone and their types."""
 
 
 @dataclass(frozen=True)

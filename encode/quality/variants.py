@@ -85,7 +85,7 @@ class Variant(LongTerm):
         affinity: bool = True,
         remembered: int = 4096,
         counts: bool = True,
-        center_weight: float = 0.005,
+        center_weight: float = 0.01,
         reclustering: int = 1,
     ) -> None:
         super().__init__()
