@@ -154,12 +154,12 @@ class TrainingConfig(Section):
     max_positives: Positive = 150_000
     """Positives of the training split that are used at most, drawn at random."""
     max_eval_positives: Positive = 40_000
-    num_epochs: Positive = 2
+    num_epochs: Positive = 5
     patience: Positive = 1
     """Epochs without a better validation GAUC before training stops."""
     histories_per_batch: Positive = 64
     """Histories (one user as of one snapshot day) that one update pools, with all their impressions."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     num_threads: Positive = 2
     """Threads of an update. Another number gives other bytes: sums are taken in another order."""
