@@ -38,14 +38,16 @@ class FullAttention(LongTerm):
 
     Args:
         sizes: of the backbone.
+        affinity: whether it gives that.
         counts: whether it gives, as ENCODE does, how often the target is in the history, log(1 + n_t).
     """
 
     target_free = False
 
-    def __init__(self, sizes: Sizes, *, counts: bool = False) -> None:
+    def __init__(self, sizes: Sizes, *, affinity: bool = True, counts: bool = False) -> None:
         super().__init__()
-        self.num_scalars = 1 + int(counts)
+        self.given = [place for place, wanted in enumerate((affinity, counts)) if wanted]
+        self.num_scalars = len(self.given)
 
     def summarise(self, history: History) -> Whole:
         """Return the history itself."""
@@ -57,7 +59,7 @@ class FullAttention(LongTerm):
         found = attend(target.key, state.key, state.embedding, none, state.mask, state.scale)
         same = (state.item[:, None] == target.item[..., None]) & (target.item > UNKNOWN)[..., None]
         times = same.sum(2).to(found.affinity.dtype)
-        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2)[..., : self.num_scalars])
+        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2)[..., self.given])
 
 
 class DinUnit(LongTerm):

@@ -84,6 +84,10 @@ def test_full_attention_with_counts_tells_how_often_a_target_was_had():
             item = target.item[user, place]
             times = (history.item[user, :length] == item).sum().item() if item > UNKNOWN else 0
             assert found[user, place, 1].item() == pytest.approx(math.log1p(times))
+    for affinity, counts in ((False, True), (True, False), (False, False)):
+        some = made(FullAttention, affinity=affinity, counts=counts)
+        expected = found[..., [place for place, wanted in enumerate((affinity, counts)) if wanted]]
+        torch.testing.assert_close(some.read(some.summarise(history), target).scalars, expected)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
