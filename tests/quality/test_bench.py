@@ -24,6 +24,7 @@ import torch
 from encode import cli
 from encode.errors import ConfigError, DataError
 from encode.evaluate.metrics import summary
+from encode.model.reproducible import reproducible
 from encode.quality import bench, cost
 from encode.quality import cells as cells_module
 from encode.quality.bench import Plan, run, task_name
@@ -76,10 +77,8 @@ def trained(monkeypatch):
     monkeypatch.setattr(cost, "_CANDIDATES", 10)
     monkeypatch.setattr(cost, "LENGTHS", (1_000,))
     bench._task.cache_clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield names
-    torch.set_num_threads(threads)
+    with reproducible(1):
+        yield names
     bench._task.cache_clear()
 
 
@@ -113,7 +112,8 @@ def once(tmp_path_factory):
         patch.setattr(cost, "LENGTHS", (1_000,))
         bench._task.cache_clear()
         said: list[str] = []
-        cells = run(PLAN, out, 1, said.append)
+        with reproducible(1):
+            cells = run(PLAN, out, 1, said.append)
         bench._task.cache_clear()
     return cells, out, said
 
