@@ -124,6 +124,7 @@ def places() -> Places:
         single_writer=bool(extra.get("single_writer")),
         tracking_uri=mlflow.host,
         serving_url=serving.host,
+        serving_key=serving.password,
         spark_master=_spark_master(),
         scratch=os.environ.get("ENCODE_SCRATCH"),
     )

@@ -116,6 +116,24 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     )
     serve.add_argument("--poll", type=float, default=10.0, metavar="SECONDS", help="between looks for a new release")
     serve.add_argument("--max-age", type=int, metavar="DAYS", help="report an older snapshot as stale (default: never)")
+    serve.add_argument(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="SHA-256 of the API keys that are let in, one a line; also from ENCODE_SERVING_KEYS. "
+        "Needed where --host is not the loopback interface",
+    )
+    serve.add_argument("--new-key", action="store_true", help="print a new API key and its SHA-256, and end")
+    limits = serve.add_argument_group("limits")
+    for name, kind, default, unit, text in (
+        ("--max-body", _at_least(1), 1 << 20, "BYTES", "of a request"),
+        ("--receive-timeout", _at_least(0.001), 5.0, "SECONDS", "for the body to arrive"),
+        ("--max-requests", _at_least(1), 64, "N", "at work or waiting; more are told to come back"),
+        ("--deadline", _at_least(0.001), 5.0, "SECONDS", "for the answer, once the body is there"),
+        ("--drain-delay", _at_least(0.0), 1.0, "SECONDS", "after SIGTERM: not ready, but still taking requests"),
+        ("--drain-timeout", _at_least(1), 10, "SECONDS", "after that: for requests at work to finish"),
+    ):
+        limits.add_argument(name, type=kind, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
     score = with_step(add("score", _score, "score items for a user with what serves now"))
     score.add_argument("--user", type=int, required=True, help="user id")
     score.add_argument("--items", type=_ids, required=True, metavar="ID,ID,...", help="candidate item ids")
@@ -159,6 +177,20 @@ def _with_ports(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dags", type=Path, default=Path("dags"), help="folder of the DAGs (default: %(default)s)")
     for name, port in (("serving", 8000), ("mlflow", 5000), ("airflow", 8080), ("objectstore", 8333)):
         command.add_argument(f"--{name}-port", type=int, help=f"default: {port}, or a free one if it is taken")
+
+
+def _at_least(least: float) -> Callable[[str], float]:
+    """Return a parser of finite numbers of the kind of `least`."""
+    kind = type(least)
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
 
 
 def _ids(text: str) -> list[int]:
@@ -275,12 +307,32 @@ def _erase(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    import uvicorn
+    from encode.serving.keys import hash_of, new_key, read_hashes, require_keys
+
+    if options.new_key:
+        key = new_key()
+        _show(options, {"key": key, "sha256": hash_of(key)})
+        if not options.json:
+            print(f"key     {key}\nsha256  {hash_of(key)}")
+        return
+    environment = _environment()
+    hashes = read_hashes(options.keys, environment.get("ENCODE_SERVING_KEYS", ""))
+    require_keys(options.host, hashes)
 
     from encode.serving.app import create_app
+    from encode.serving.limits import Limits
+    from encode.serving.server import serve
 
-    app = create_app(_places(options), _config(options).registry, options.cache, options.poll, options.max_age)
-    uvicorn.run(app, host=options.host, port=options.port, log_level="info", timeout_graceful_shutdown=10)
+    app = create_app(
+        _places(options),
+        _config(options).registry,
+        options.cache,
+        options.poll,
+        options.max_age,
+        limits=Limits(options.max_body, options.receive_timeout, options.max_requests, options.deadline),
+        hashes=hashes,
+    )
+    serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -320,6 +320,8 @@ class Places(Section):
     """Use a store that ignores conditional writes, on your word that only one process publishes."""
     tracking_uri: str | None = None
     serving_url: str | None = None
+    serving_key: SecretStr | None = None
+    """Where the serving process asks for one."""
     spark_master: str | None = None
     """`spark://host:port`, `yarn`, `k8s://...`, `local-cluster[n,cores,MiB]`: for `refresh.engine: spark`."""
     scratch: Path | None = None
@@ -339,7 +341,7 @@ class Places(Section):
                 "ENCODE_STORE is not set; expected s3://bucket[/prefix] or a folder. "
                 "`encode stack up` starts a local one, `--workdir` uses a folder without any server"
             )
-        secret = get("AWS_SECRET_ACCESS_KEY")
+        secret, key = get("AWS_SECRET_ACCESS_KEY"), get("ENCODE_SERVING_KEY")
         return cls(
             store=store,
             endpoint_url=get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL"),
@@ -349,6 +351,7 @@ class Places(Section):
             single_writer=get("ENCODE_SINGLE_WRITER") == "1",
             tracking_uri=get("MLFLOW_TRACKING_URI"),
             serving_url=get("ENCODE_SERVING_URL"),
+            serving_key=SecretStr(key) if key else None,
             **_engine_places(environment),
         )
 

@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
 from encode.config import Places, RegistryConfig
-from encode.errors import ArtifactError, DataError
+from encode.errors import ArtifactError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    import httpx
 
 
 def score(places: Places, config: RegistryConfig, user_id: int, item_ids: Sequence[int]) -> dict[str, Any]:
@@ -20,6 +23,7 @@ def score(places: Places, config: RegistryConfig, user_id: int, item_ids: Sequen
     Raises:
         DataError: the request is refused; the message says why.
         ArtifactError: nothing serves yet.
+        ConfigError: the serving process asks for another key.
     """
     return _ask(places, config, "POST", "/v1/score", json={"user_id": user_id, "item_ids": list(item_ids)})
 
@@ -30,16 +34,17 @@ def interests(places: Places, config: RegistryConfig, user_id: int, item_id: int
     Raises:
         DataError: the user is unknown.
         ArtifactError: nothing serves yet.
+        ConfigError: the serving process asks for another key.
     """
     params = {} if item_id is None else {"item_id": item_id}
     return _ask(places, config, "GET", f"/v1/users/{user_id}/interests", params=params)
 
 
 def _ask(places: Places, config: RegistryConfig, method: str, path: str, **options: Any) -> dict[str, Any]:
-    import httpx
-
     with _client(places, config) as client:
         answer: httpx.Response = client.request(method, path, **options)
+    if answer.status_code == 401:
+        raise ConfigError(f"{places.serving_url}: asks for a key; set ENCODE_SERVING_KEY to one that it knows")
     if answer.status_code in (404, 422):
         raise DataError(_detail(answer.json()["detail"]))
     if answer.status_code == 503:
@@ -48,12 +53,19 @@ def _ask(places: Places, config: RegistryConfig, method: str, path: str, **optio
     return dict(answer.json())
 
 
-@contextmanager
-def _client(places: Places, config: RegistryConfig) -> Iterator[Any]:
+def connect(places: Places) -> httpx.Client:
+    """Return a client of the serving process, with the key if there is one."""
     import httpx
 
+    key = places.serving_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    return httpx.Client(base_url=places.serving_url or "", headers=headers, timeout=60)
+
+
+@contextmanager
+def _client(places: Places, config: RegistryConfig) -> Iterator[Any]:
     if places.serving_url:
-        with httpx.Client(base_url=places.serving_url, timeout=60) as client:
+        with connect(places) as client:
             yield client
         return
     with tempfile.TemporaryDirectory(prefix="encode-") as cache:
@@ -65,8 +77,9 @@ class _InProcess:
 
     def __init__(self, places: Places, config: RegistryConfig, cache: Path) -> None:
         from encode.serving.app import create_app
+        from encode.serving.limits import Limits
 
-        self._app: FastAPI = create_app(places, config, cache)
+        self._app: FastAPI = create_app(places, config, cache, limits=Limits(deadline_seconds=60))
         self._app.state.follower.look()
 
     def request(self, method: str, path: str, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from encode.config import Places
 from encode.registry import Registry, Version
 from encode.serving.bundle import Bundle, load_bundle
+from encode.serving.client import connect
 from encode.storage import open_storage
 
 _TIMEOUT_SECONDS = 120
@@ -37,9 +38,7 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> st
     if not places.serving_url:
         say("no serving process is configured; the bundle was loaded and checked here")
         return "no serving process"
-    import httpx
-
-    with httpx.Client(base_url=places.serving_url, timeout=60) as client:
+    with connect(places) as client:
         client.post("/v1/release/reload").raise_for_status()
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import partial
 
 import httpx
@@ -34,8 +34,9 @@ from encode.outputs import write_output
 from encode.pointers import publish, read_pointer
 from encode.registry import Version
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, day_start
-from encode.serving.app import MAX_CANDIDATES, create_app
+from encode.serving.app import create_app
 from encode.serving.bundle import Behavior, Bundle, load_bundle
+from encode.serving.messages import MAX_CANDIDATES
 from encode.storage import open_storage
 
 MODEL = ModelConfig(embedding_dim=8, category_dim=2, projected_dim=4, recent_length=6, hidden_dims=(16,))
@@ -169,7 +170,7 @@ def storage(places):
 @pytest.fixture
 def registry(monkeypatch):
     one = OneVersion()
-    monkeypatch.setattr("encode.serving.app.Registry", lambda _places, _config: one)
+    monkeypatch.setattr("encode.serving.follower.Registry", lambda _places, _config: one)
     return one
 
 
@@ -314,8 +315,9 @@ def test_an_unknown_item_is_scored_as_its_category(client):
 
 def test_a_stale_snapshot_is_reported(storage, places, registry, tmp_path):
     registry.release("1", FILES, SPACE)
-    for today, stale in ((date(2024, 3, 13), False), (date(2024, 3, 14), True)):
-        app = create_app(places, RegistryConfig(), tmp_path / "cache", max_age_days=2, today=lambda day=today: day)
+    for day, stale in ((13, False), (14, True)):
+        now = datetime(2024, 3, day, 23, tzinfo=UTC)
+        app = create_app(places, RegistryConfig(), tmp_path / "cache", max_age_days=2, now=lambda now=now: now)
         app.state.follower.look()
         assert score(Client(app))["fallbacks"]["stale_snapshot"] is stale
 
@@ -469,7 +471,7 @@ def test_a_reload_without_news_keeps_the_bundle(client, monkeypatch):
     def forbidden(*_arguments):
         raise AssertionError("loaded again")
 
-    monkeypatch.setattr("encode.serving.app.load_bundle", forbidden)
+    monkeypatch.setattr("encode.serving.follower.load_bundle", forbidden)
     client.app.state.follower.look()
     assert client.app.state.follower.bundle is bundle
 

@@ -14,7 +14,7 @@ from encode.stack import components
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 RUN_ONCE = {"bucket", "airflow-init"}
-SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|FERNET")
+SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|FERNET|SERVING_KEY")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def test_airflow_has_the_connections_of_the_stack_of_processes_and_no_keys(servi
             found = json.loads(re.sub(r"\$\{OBJECT_STORE_(ACCESS|SECRET)_KEY:[^}]*\}", r"\1", environment[variable]))
             expected = json.loads(text)
             assert found.pop("login", None) == ("ACCESS" if "login" in expected else None)
-            assert found.pop("password", None) == ("SECRET" if "password" in expected else None)
+            key = "${SERVING_KEY_SECRET:?set it in infra/.env}" if variable.endswith("SERVING") else None
+            assert found.pop("password", None) == ("SECRET" if "password" in expected else key)
             assert found == {key: value for key, value in expected.items() if key not in ("login", "password")}
 
 
@@ -118,6 +119,11 @@ def test_mlflow_answers_to_every_name_that_clients_use(services):
     for name in ("bucket", "serving"):
         uri = services[name]["environment"].get("MLFLOW_TRACKING_URI", "http://mlflow:5000")
         assert uri == "http://mlflow:5000"
+
+
+def test_serving_knows_the_key_with_which_airflow_asks_by_its_hash(services):
+    assert services["serving"]["environment"]["ENCODE_SERVING_KEYS"] == "${SERVING_KEY_HASHES:?set it in infra/.env}"
+    assert "SERVING_KEY_SECRET" not in json.dumps(services["serving"])
 
 
 def test_mounted_files_exist(services):

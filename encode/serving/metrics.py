@@ -1,0 +1,108 @@
+"""Prometheus metrics of one application, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, time
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from encode.serving.bundle import Bundle, Scored
+
+SECONDS = tuple(milliseconds / 1000 for milliseconds in (1, 2, 3, 5, 8, 10, 15, 20, 30, 50, 100))
+CANDIDATES = (1, 3, 10, 30, 100, 200, 300, 500, 1_000, 2_000, 5_000)
+
+
+class Metrics:
+    """What is counted while requests are answered; the state of the process is read when it is asked for."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._latency = self._histogram("request_seconds", "From headers to the end of the answer.", SECONDS, "route")
+        self._model = self._histogram("model_seconds", "Scoring alone: reading the user, the model.", SECONDS)
+        self._candidates = self._histogram("candidates", "Candidates scored for a user.", CANDIDATES)
+        self._requests = self._counter("requests", "Requests answered; 499: the client went away.", "route", "status")
+        self._fallbacks = self._counter("fallbacks", "What had to be assumed; unknown_item counts items.", "kind")
+        self._shed = self._counter("shed_requests", "Requests told to come back: too many were at work.")
+        self._refused = self._counter("loads_refused", "Looks for a release that failed, by kind of error.", "kind")
+        for kind in ("unknown_user", "unknown_item", "stale_snapshot"):
+            self._fallbacks.labels(kind)
+
+    def watch(
+        self,
+        bundle: Callable[[], Bundle | None],
+        ready: Callable[[], bool],
+        at_work: Callable[[], int],
+        now: Callable[[], datetime],
+    ) -> None:
+        """Show what these say at the moment of each scrape."""
+        self.registry.register(_State(bundle, ready, at_work, now))
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._latency.labels(route).observe(seconds)
+        self._requests.labels(route, str(status)).inc()
+
+    def scored(self, seconds: float, scored: Scored, stale: bool) -> None:
+        """Count what was scored for one user."""
+        self._model.observe(seconds)
+        self._candidates.observe(len(scored.probabilities))
+        kinds = {
+            "unknown_user": int(scored.unknown_user),
+            "unknown_item": len(scored.unknown_items),
+            "stale_snapshot": int(stale),
+        }
+        for kind, times in kinds.items():
+            if times:
+                self._fallbacks.labels(kind).inc(times)
+
+    def shed(self) -> None:
+        """Count a request that was told to come back."""
+        self._shed.inc()
+
+    def load_refused(self, error: Exception) -> None:
+        """Count a look for a release that failed."""
+        self._refused.labels(type(error).__name__).inc()
+
+    def render(self, accept: str | None) -> tuple[bytes, str]:
+        """Return the exposition in a format that the scraper accepts, and its content type."""
+        encode, content_type = choose_encoder(accept or "")
+        return encode(self.registry), content_type
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"encode_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"encode_{name}", text, labels, registry=self.registry)
+
+
+class _State(Collector):
+    """Gauges that are read, not kept: nothing to forget when the bundle changes."""
+
+    def __init__(
+        self,
+        bundle: Callable[[], Bundle | None],
+        ready: Callable[[], bool],
+        at_work: Callable[[], int],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._bundle, self._ready, self._at_work, self._now = bundle, ready, at_work, now
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield GaugeMetricFamily("encode_ready", "1 if requests should be sent here.", float(self._ready()))
+        yield GaugeMetricFamily("encode_requests_at_work", "Requests at work or waiting now.", float(self._at_work()))
+        bundle = self._bundle()
+        if bundle is None:
+            return
+        as_of = datetime.combine(bundle.pointer.as_of, time(), UTC)
+        age = GaugeMetricFamily("encode_snapshot_age_seconds", "Since the day before which the snapshot ends.")
+        age.add_metric([], (self._now() - as_of).total_seconds())
+        yield age
+        told = {name: value for name, value in bundle.describe().items() if name != "as_of"}
+        info = GaugeMetricFamily("encode_bundle_info", "What serves.", labels=list(told))
+        info.add_metric(list(told.values()), 1)
+        yield info

@@ -1,0 +1,84 @@
+"""Our own dialect, `/v1`, in JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, HTTPException, Request, Response
+
+from encode.serving.messages import (
+    BundleInfo,
+    Id,
+    InterestsResponse,
+    Release,
+    ScoreRequest,
+    ScoreResponse,
+    Status,
+    written,
+)
+from encode.serving.problems import Problem
+from encode.serving.scoring import Scorer
+
+UNKNOWN_USER: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "the snapshot holds no interests of this user"}
+}
+
+
+def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
+    """Make the routes; `score_also` is what OpenAPI says of `/v1/score` in another content type."""
+    routes = APIRouter(prefix="/v1", tags=["encode"])
+    follower = scorer.follower
+
+    @routes.get("/release")
+    def release() -> Release:
+        """Return the bundle in use and why the newest look at the registry failed, if it did."""
+        bundle = follower.bundle
+        return Release(bundle=BundleInfo(**bundle.describe()) if bundle else None, error=follower.error)
+
+    @routes.post("/release/reload", status_code=202)
+    def reload() -> Status:
+        """Look at the registry and the pointer now."""
+        follower.look_now()
+        return Status(status="looking")
+
+    @routes.post("/score", response_model=ScoreResponse, openapi_extra=score_also)
+    def score(request: Request, asked: ScoreRequest) -> Response:
+        """Return a probability for each candidate, in order, the bundle it came from, and what was assumed."""
+        bundle = scorer.bundle(request)
+        scored = scorer.score(request, bundle, asked)
+        answer = ScoreResponse(
+            user_id=asked.user_id,
+            item_ids=asked.item_ids,
+            probabilities=scored.probabilities,
+            bundle=BundleInfo(**bundle.describe()),
+            fallbacks=scorer.fallbacks(bundle, scored),
+        )
+        return written(answer)
+
+    _add_interests(routes, scorer)
+    return routes
+
+
+def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
+    @routes.get(
+        "/users/{user_id}/interests",
+        response_model=InterestsResponse,
+        response_model_exclude_unset=True,
+        responses=UNKNOWN_USER,
+    )
+    def interests(request: Request, user_id: Id, item_id: Id | None = None) -> dict[str, Any]:
+        """Return a user's interests, largest first; with `item_id` also how much that item attends to each.
+
+        `attention_to_itself` is to the user's own past with that very item.
+        """
+        bundle = scorer.bundle(request)
+        found = bundle.interests(user_id)
+        if found is None:
+            raise HTTPException(404, f"user {user_id}: no interests in snapshot {bundle.pointer.snapshot}")
+        answer = {"user_id": user_id, "interests": found, "bundle": bundle.describe()}
+        if item_id is not None:
+            *weights, itself = bundle.attention(user_id, item_id) or []
+            for interest, weight in zip(found, weights, strict=True):
+                interest["attention"] = weight
+            answer |= {"item_id": item_id, "attention_to_itself": itself, "unknown_item": not bundle.knows(item_id)}
+        return answer

@@ -1,0 +1,100 @@
+"""On SIGTERM a serving process is not ready at once, finishes what is under way, and ends with status 0."""
+
+import signal
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+
+BODY = b'{"user_id": 1, "item_ids": [10, 11]}'
+HEAD = b"POST /v1/score HTTP/1.1\r\nHost: serving\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def begin(serving):
+    """Begin a request: all but the end of its body."""
+    connection = socket.create_connection(("127.0.0.1", serving.port), timeout=30)
+    connection.sendall(HEAD % len(BODY) + BODY[:-5])
+    return connection
+
+
+def under_way(serving, count):
+    """Begin requests and wait until the process works on all of them."""
+    begun = [begin(serving) for _ in range(count)]
+    while f"encode_requests_at_work {count}.0" not in httpx.get(f"{serving.url}/metrics").text:
+        time.sleep(0.02)
+    return begun
+
+
+def finish(connection):
+    """Send the rest and return the whole answer, up to the end of the connection."""
+    with connection:
+        connection.sendall(BODY[-5:])
+        answer = b""
+        while more := connection.recv(65_536):
+            answer += more
+        return answer
+
+
+def test_it_is_not_ready_at_once_and_still_answers_for_a_while(start_serving):
+    serving = start_serving("--drain-delay", "2", "--receive-timeout", "60")
+    with httpx.Client(base_url=serving.url) as client:
+        serving.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        while client.get("/ready").status_code == 200:
+            assert time.monotonic() - began < 1
+        for path in ("/ready", "/ping", "/v2/health/ready", "/v2/models/encode-ctr/ready"):
+            assert client.get(path).status_code == 503
+        assert client.get("/ready").json() == {"detail": "not ready: draining"}
+        assert "encode_ready 0.0" in client.get("/metrics").text
+        assert client.get("/health").status_code == 200
+    assert httpx.post(f"{serving.url}/v1/score", content=BODY, headers={"Content-Type": "application/json"}).is_success
+    assert serving.process.wait(30) == 0
+    assert time.monotonic() - began > 2
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{serving.url}/health")
+
+
+def test_requests_under_way_are_finished(start_serving):
+    serving = start_serving("--drain-delay", "0", "--receive-timeout", "60", "--drain-timeout", "60")
+    begun = under_way(serving, 5)
+    serving.process.send_signal(signal.SIGTERM)
+    until = time.monotonic() + 20
+    while True:
+        try:
+            httpx.get(f"{serving.url}/health")
+        except httpx.TransportError:
+            break
+        assert time.monotonic() < until, "still listening"
+    with pytest.raises(subprocess.TimeoutExpired):
+        serving.process.wait(1)
+    for connection in begun:
+        answer = finish(connection)
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b'"probabilities":[0.' in answer
+    assert serving.process.wait(30) == 0
+    assert [one["status"] for one in serving.requests() if one["route"] == "/v1/score"] == [200] * 5
+
+
+def test_what_does_not_finish_is_cut_off_in_time(start_serving):
+    serving = start_serving("--drain-delay", "0", "--receive-timeout", "60", "--drain-timeout", "1")
+    begun = under_way(serving, 2)
+    began = time.monotonic()
+    assert serving.stop() == 0
+    assert 1 <= time.monotonic() - began < 10
+    for connection in begun:
+        connection.close()
+
+
+def test_a_second_signal_ends_the_wait_for_load_balancers(start_serving):
+    serving = start_serving("--drain-delay", "600")
+    serving.process.send_signal(signal.SIGTERM)
+    while httpx.get(f"{serving.url}/ready").status_code == 200:
+        time.sleep(0.02)
+    assert serving.stop() == 0
+
+
+def test_ctrl_c_does_not_wait(start_serving):
+    serving = start_serving("--drain-delay", "600")
+    assert serving.stop(signal.SIGINT) == 130
