@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality down clean status
+.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ bench-refresh: $(VENV)/installed-bench ## refresh of 10 to 100 M behaviors, agai
 
 bench-train: $(VENV)/installed-fuxictr ## impressions trained a second, against DIN and SIM of FuxiCTR (4 minutes)
 	@$(BIN)/python -m benchmarks.train
+
+bench-serve: $(STAMP) ## milliseconds from a stored user to 1,000 probabilities, against full attention (2 minutes)
+	@$(BIN)/python -m benchmarks.serve
 
 bench-quality: $(STAMP) ## every model of long-term interest on three tasks, five seeds (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.quality

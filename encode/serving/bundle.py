@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,11 @@ from encode.errors import ArtifactError
 from encode.interests.extract import state_of
 from encode.interests.snapshots import folder_of, read_space
 from encode.model.ctr import Reader
-from encode.model.files import (
-    ModelCard,
-    UserState,
-    check_mirror,
-    interest_weights,
-    load_model,
-    model_digest,
-    read_user,
-)
+from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest
 from encode.model.space import Space
 from encode.pointers import Pointer, read_current
 from encode.schema import UNKNOWN, digest
+from encode.serving.engine import Engine
 from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
 from encode.storage import Storage
 
@@ -66,6 +60,11 @@ class Bundle:
     snapshot: LocalSnapshot
     names: Mapping[int, str]
 
+    @cached_property
+    def engine(self) -> Engine:
+        """What computes."""
+        return Engine(self.space, self.reader)
+
     def describe(self) -> dict[str, str]:
         """Return what every response says about where its numbers come from."""
         return {
@@ -97,10 +96,10 @@ class Bundle:
         row = self.snapshot.find(user_id)
         target = self._index(item_ids, category_ids)
         user = self._with_recent(state_of(row, self.space), recent)
-        logit = read_user(self.reader, self.space.items, user, torch.from_numpy(target))
+        probability = self.engine.score(self.engine.prepare(user), torch.from_numpy(target))
         known = self.space.vocabulary.is_item(target)
         return Scored(
-            torch.sigmoid(logit).tolist(),
+            probability.tolist(),
             row is None,
             [item for item, is_known in zip(item_ids, known, strict=True) if not is_known],
         )
@@ -130,7 +129,7 @@ class Bundle:
         if row is None:
             return None
         target = torch.from_numpy(self._index([item_id], None))
-        found = interest_weights(self.reader, self.space.items, state_of(row, self.space), target)
+        found, _ = self.engine.attention(self.engine.prepare(state_of(row, self.space)), target)
         *weights, itself = found[0].tolist()
         return [*weights[: len(row["size"])], itself]
 

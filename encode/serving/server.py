@@ -8,6 +8,7 @@ import sys
 import time
 from types import FrameType
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -46,6 +47,7 @@ def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_
         drain_delay_seconds: after SIGTERM, not ready but still taking requests, so that load balancers see it.
         drain_seconds: after that, given to requests at work; then they are cut off.
     """
+    torch.set_num_threads(1)  # requests are what runs side by side
     config = uvicorn.Config(
         app,
         host=host,

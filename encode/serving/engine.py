@@ -1,0 +1,157 @@
+"""The scoring engine: the numbers of `encode.model.files.read_user`, thousands of candidates at a time on one thread.
+
+What does not depend on the candidate is computed once a user, each attention takes its exponentials once, and what a
+candidate looks up is gathered from the space's own tables: nothing is kept a second time.
+
+    B candidates   K interests   R recent behaviors   M slots that are attended to   D embedding_dim   P projected_dim
+    H width of the first hidden layer, or 1
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from encode.model.ctr import Encode, Reader
+from encode.model.files import UserState
+from encode.model.relevance import Remembered, times_of
+from encode.model.space import Space
+from encode.schema import PADDING
+
+_LOWEST = torch.finfo(torch.float32).min
+"""Logit of a slot that is empty; not -inf, so that a candidate without any slot gives no NaN."""
+
+
+class Slots(NamedTuple):
+    """What the candidates of one user attend to."""
+
+    key: Float[Tensor, "C M"]
+    """Times what is asked of a candidate, C numbers, it gives the relevance."""
+    log_prior: Float[Tensor, " M"]
+    """The lowest number where a slot is empty."""
+    log_mass: Float[Tensor, ""]
+    """log sum_m exp(prior_m); the lowest number where all are empty."""
+    value: Float[Tensor, "M E"]
+
+
+class PreparedUser(NamedTuple):
+    """What scoring needs of one user, whatever the candidates."""
+
+    interests: Slots
+    """C = 2 P: asked with [h_t, h_t^2]. E = D + P: the value, and how far attention moves the mean key."""
+    remembered: Remembered
+    """Of a single user, G = 1."""
+    recent: Slots
+    """C = P, E = D."""
+    bias: Float[Tensor, " H"]
+    """The part of the first layer that depends on the user alone."""
+
+
+class Engine:
+    """Scores the candidates of one user; any number of threads may use it at once.
+
+    It computes on as many threads as PyTorch is told to: `torch.set_num_threads(1)` where requests come in parallel.
+
+    Args:
+        space: e and h of the vocabulary.
+        reader: a model of that space.
+    """
+
+    def __init__(self, space: Space, reader: Reader) -> None:
+        first = cast(nn.Linear, reader.mlp[0])
+        weight, D = first.weight.detach(), space.embedding.shape[1]
+        self._encode = cast(Encode, reader.long_term)
+        self._items = space.items
+        self._scale = reader.scale.item()
+        self._of_user = torch.cat([weight[:, 5 * D : 6 * D], weight[:, -1:]], 1)
+        self._bias = first.bias.detach()
+        self._of_candidate = torch.cat([weight[:, : 5 * D], weight[:, 6 * D : -1]], 1).T.contiguous()
+        self._rest = reader.mlp[1:]
+
+    @torch.inference_mode()
+    def prepare(self, user: UserState) -> PreparedUser:
+        """Return what scoring needs of a user."""
+        interests = user.known.interests
+        center, value, size, variance = (part[0] for part in interests[:4])
+        scale = interests.scale
+        slots = _slots(
+            torch.cat([scale * center, 0.5 * scale.square() * variance], 1).T,
+            (self._encode.size_prior * size.clamp(min=1).log()).masked_fill(size == 0, _LOWEST),
+            torch.cat([value, scale * variance], 1),
+        )
+        recent = _slots(
+            (self._scale * self._items.key[user.recent]).T,
+            torch.zeros(len(user.recent)).masked_fill(user.recent == PADDING, _LOWEST),
+            self._items.embedding[user.recent],
+        )
+        of_user = torch.cat([self._encode.profile(user.known)[0], size.sum().log1p()[None]])
+        return PreparedUser(slots, user.known.remembered, recent, torch.addmv(self._bias, self._of_user, of_user))
+
+    @torch.inference_mode()
+    def score(self, user: PreparedUser, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return the probability of each candidate, which no other candidate changes by more than rounding.
+
+        Args:
+            user: whom to score for.
+            target: vocabulary index of each candidate.
+        """
+        embedding = self._items.embedding.index_select(0, target)
+        key = self._items.key.index_select(0, target)
+        D = embedding.shape[1]
+        weights, affinity, times = self._attend_interests(user, key, target)
+        pooled = weights[:, :-1] @ user.interests.value
+        long_term = torch.addmm(pooled[:, :D], key * pooled[:, D:], self._encode.decoder)
+        long_term.addcmul_(weights[:, -1:], embedding)
+        weights, recent_affinity = _attend_recent(user.recent, key)
+        short_term = weights @ user.recent.value
+        scalars = torch.stack([affinity, times.log1p(), recent_affinity], 1)
+        features = [long_term, short_term, embedding, long_term * embedding, short_term * embedding, scalars]
+        hidden = torch.addmm(user.bias, torch.cat(features, 1), self._of_candidate)
+        logit: Tensor = self._rest(hidden).squeeze(1)
+        return logit.sigmoid()
+
+    @torch.inference_mode()
+    def attention(
+        self, user: PreparedUser, target: Int64[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B K_plus_1"], Float[Tensor, "B R"]]:
+        """Return how much each candidate attends to what; zeros where it finds nothing to attend to.
+
+        Returns:
+            Weights of the interests, and of what is remembered of the candidate itself, last; and weights of the
+            recent behaviors, in the order of `UserState.recent`.
+        """
+        key = self._items.key.index_select(0, target)
+        return self._attend_interests(user, key, target)[0], _attend_recent(user.recent, key)[0]
+
+    def _attend_interests(
+        self, user: PreparedUser, key: Float[Tensor, "B P"], target: Int64[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B K_plus_1"], Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """Return what `relevance.attend_interests` does but the value: weights and affinity; and n_t."""
+        slots, square = user.interests, key.square()
+        times = times_of(target[None], user.remembered)[0]
+        prior = (self._encode.size_prior * times.clamp(min=1).log()).masked_fill(times == 0, _LOWEST)
+        own = torch.add(prior, square.sum(1), alpha=self._scale)
+        logits = torch.addmm(slots.log_prior, torch.cat([key, square], 1), slots.key)
+        some = ((slots.log_mass > _LOWEST) | (times > 0))[:, None]
+        weights, total = _softmax(torch.cat([logits, own[:, None]], 1), some)
+        return weights, total - torch.logaddexp(slots.log_mass, prior), times.float()
+
+
+def _slots(key: Float[Tensor, "C M"], log_prior: Float[Tensor, " M"], value: Float[Tensor, "M E"]) -> Slots:
+    return Slots(key.contiguous(), log_prior, log_prior.logsumexp(0), value)
+
+
+def _attend_recent(slots: Slots, key: Float[Tensor, "B P"]) -> tuple[Float[Tensor, "B R"], Float[Tensor, " B"]]:
+    """Return the weights of the recent behaviors, and the affinity to them."""
+    weights, total = _softmax(torch.addmm(slots.log_prior, key, slots.key), slots.log_mass > _LOWEST)
+    return weights, total - slots.log_mass
+
+
+def _softmax(logits: Float[Tensor, "B M"], some: Bool[Tensor, ...]) -> tuple[Float[Tensor, "B M"], Float[Tensor, " B"]]:
+    """Return the softmax, 0 where there is not `some` slot, and log sum_m exp(logit_m) from the same exponentials."""
+    weights = logits.softmax(1)
+    total = logits.amax(1) - weights.amax(1).log()
+    return weights.mul_(some), total

@@ -1,0 +1,118 @@
+"""The engine: the numbers of the training code, whoever the user is and whichever candidates come together."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from encode.config import ClusteringConfig, ModelConfig
+from encode.data.vocabulary import Vocabulary
+from encode.model.ctr import Encode, Reader, Tables
+from encode.model.files import UserState, interest_weights, read_user, user_state
+from encode.model.space import Space, SpaceConfig, space_of
+from encode.schema import UNKNOWN
+from encode.serving.engine import Engine
+
+D, P, K, R = 8, 4, 5, 6
+VOCABULARY = Vocabulary(np.array([1, 2, 3]), np.arange(10, 50), 1 + np.arange(40) % 3)
+SIZE_PRIORS = (0.0, 0.5, 1.0, 2.0)
+
+
+def make_model(**settings):
+    """A space and a model of it, with weights large enough that everything shows in a logit."""
+    model = ModelConfig(embedding_dim=D, category_dim=2, projected_dim=P, recent_length=R, **settings)
+    torch.manual_seed(0)
+    tables = Tables(model, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
+    reader = Reader(model, Encode(model)).eval()
+    with torch.no_grad():
+        for table in tables.by_id():
+            table[1:] *= 20
+        reader.long_term.decoder.normal_()
+        reader.log_scale -= 0.5
+    config = SpaceConfig(ClusteringConfig(num_clusters=K), model.pooling, R, model.num_remembered)
+    return space_of(tables, reader, VOCABULARY, config), reader
+
+
+MODELS = [make_model(size_prior=prior, hidden_dims=(16, 8)) for prior in SIZE_PRIORS]
+MODELS.append(make_model(hidden_dims=(), pooling="relevance"))
+
+
+def make_user(space: Space, sizes, num_remembered: int, num_recent: int, seed: int) -> UserState:
+    """A user with interests of these sizes, the others empty."""
+    random = np.random.default_rng(seed)
+    size = np.zeros(K, np.float32)
+    size[: len(sizes)] = sizes
+    center, variance = 0.7 * random.normal(size=(K, P)), 0.1 * random.random((K, P))
+    parts = (part * (size > 0)[:, None] for part in (center, random.normal(size=(K, D)), variance))
+    center, value, variance = (torch.from_numpy(part.astype(np.float32)) for part in parts)
+    item = np.sort(random.choice(np.arange(2, len(VOCABULARY)), num_remembered, replace=False))
+    recent = np.zeros(R, np.int64)
+    recent[:num_recent] = random.integers(UNKNOWN, len(VOCABULARY), num_recent)
+    times = random.integers(1, 1000, num_remembered)
+    return user_state(center, value, torch.from_numpy(size), variance, space.scale, item, times, recent)
+
+
+def expected_score(model, user: UserState, target):
+    space, reader = model
+    return torch.sigmoid(read_user(reader, space.items, user, target))
+
+
+USERS = st.tuples(
+    st.lists(st.sampled_from([0, 1, 3, 50_000]), max_size=K),
+    st.integers(0, 30),
+    st.integers(0, R),
+    st.integers(0, 2**32 - 1),
+)
+NOBODY = [], 0, 0, 0
+TARGETS = st.lists(st.integers(UNKNOWN, len(VOCABULARY) - 1), min_size=1, max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(MODELS), USERS, TARGETS)
+@example(MODELS[2], NOBODY, [UNKNOWN, 2, 44])
+@example(MODELS[2], ([], 30, 0, 1), list(range(1, 45)))
+@example(MODELS[1], ([0, 3], 0, R, 2), [UNKNOWN])
+def test_it_scores_and_attends_as_the_training_code_does(model, drawn, targets):
+    space, reader = model
+    user, target = make_user(space, *drawn), torch.tensor(targets)
+    engine = Engine(space, reader)
+    prepared = engine.prepare(user)
+    torch.testing.assert_close(engine.score(prepared, target), expected_score(model, user, target), rtol=0, atol=1e-5)
+    interests, recent = engine.attention(prepared, target)
+    expected = interest_weights(reader, space.items, user, target)
+    torch.testing.assert_close(interests, expected, rtol=0, atol=1e-5)
+    logits = space.scale * space.items.key[target] @ space.items.key[user.recent].T
+    weights = logits.masked_fill(user.recent == 0, -torch.inf).softmax(1).nan_to_num(0)
+    torch.testing.assert_close(recent, weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3000])
+def test_other_candidates_change_no_score(count):
+    space, reader = MODELS[2]
+    engine = Engine(space, reader)
+    prepared = engine.prepare(make_user(space, [5, 1, 9], 20, R, 3))
+    alone = torch.cat([engine.score(prepared, torch.tensor([index])) for index in range(1, len(VOCABULARY))])
+    target = torch.randint(1, len(VOCABULARY), (count,), generator=torch.Generator().manual_seed(0))
+    assert alone.std() > 0.01
+    torch.testing.assert_close(engine.score(prepared, target), alone[target - 1], rtol=0, atol=1e-6)
+
+
+def test_threads_get_the_bits_that_one_gets():
+    space, reader = MODELS[2]
+    engine = Engine(space, reader)
+    users = [make_user(space, [5, 1, 9], 20, R, seed) for seed in range(8)]
+    target = torch.arange(1000) % (len(VOCABULARY) - 1) + 1
+
+    def score(user):
+        return engine.score(engine.prepare(user), target)
+
+    expected = [score(user) for user in users]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(score, users * 20))
+    assert all(torch.equal(one, expected[place % 8]) for place, one in enumerate(found))
+    assert not torch.equal(expected[0], expected[1])
