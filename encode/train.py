@@ -31,6 +31,7 @@ from encode.interests.clustered import Clustered, cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
+from encode.model.long_term import Catalog
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss
 from encode.model.space import Space, SpaceConfig, space_of
 from encode.schema import UNKNOWN, Window, day_of, day_start
@@ -158,8 +159,8 @@ def fit(
         started = time.monotonic()
         losses = run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
         reader.eval()
-        _follow(tables, reader, train)
-        measured = summary(shown.user, shown.labels, predict(tables.all_items(), reader, valid), shown.first_time)
+        items = _follow(tables, reader, train)
+        measured = summary(shown.user, shown.labels, predict(items, reader, valid), shown.first_time)
         epochs.append(losses | {f"valid_{name}": value for name, value in measured.items()})
         say(
             f"epoch {epoch + 1} of {training.num_epochs}: loss {losses['loss']:.4f}, triplet {losses['triplet']:.4f}, "
@@ -208,8 +209,7 @@ def run_epoch(
     """Run the offline stage with the embeddings of the moment, then go once over the impressions."""
     tables.train()
     reader.train()
-    _follow(tables, reader, replay)
-    labels = assign(replay, tables.all_items(), reader.long_term.assign)
+    labels = assign(replay, _follow(tables, reader, replay), reader.long_term.assign)
     parameters = [
         parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
@@ -237,11 +237,13 @@ def run_epoch(
     return {name: float(total) for name, total in zip(names, totals / totals[3], strict=False)}
 
 
-def _follow(tables: Tables, reader: Reader, replay: Replay) -> None:
-    """Bring what is not learned by gradients up to the embeddings of the moment."""
+def _follow(tables: Tables, reader: Reader, replay: Replay) -> Catalog:
+    """Bring what is not learned by gradients up to the embeddings of the moment; return the whole vocabulary."""
     counts = replay.counts()
     tables.follow(counts)
-    reader.long_term.follow(tables.all_items(), counts)
+    items = tables.all_items()
+    reader.long_term.follow(items, counts)
+    return items
 
 
 def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: torch.Generator) -> torch.Tensor:

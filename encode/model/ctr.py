@@ -152,13 +152,16 @@ class Encode(LongTerm):
 
     def attention(self, state: Known, target: Target) -> Attention:
         """Return what each target takes from the interests, and how much it attends to each, itself last."""
-        return attend_interests(target.key, target.item, target.embedding, *state, self.decoder, self.size_prior)
+        return self._attend(state, target, times_of(target.item, state.remembered))
 
     def read(self, state: Known, target: Target) -> Read:
         """Return v = sum_k beta_k z_k, the affinity to all interests, and log(1 + n_t) of the target itself."""
-        found = self.attention(state, target)
-        times = times_of(target.item, state.remembered).to(found.affinity.dtype)
-        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2))
+        times = times_of(target.item, state.remembered)
+        found = self._attend(state, target, times)
+        return Read(found.value[:, :, None], torch.stack([found.affinity, times.to(found.affinity.dtype).log1p()], 2))
+
+    def _attend(self, state: Known, target: Target, times: Int64[Tensor, "G T"]) -> Attention:
+        return attend_interests(target.key, times, target.embedding, state.interests, self.decoder, self.size_prior)
 
     def auxiliary_loss(self, state: Known, history: History) -> Float[Tensor, ""]:
         """Return the center loss, weighted."""

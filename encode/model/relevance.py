@@ -153,10 +153,9 @@ def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
 
 def attend_interests(
     query: Float[Tensor, "G T P"],
-    item: Int64[Tensor, "G T"],
+    times: Int64[Tensor, "G T"],
     embedding: Float[Tensor, "G T D"],
     interests: Interests,
-    remembered: Remembered,
     decoder: Float[Tensor, "P D"],
     size_prior: float,
 ) -> Attention:
@@ -173,10 +172,9 @@ def attend_interests(
 
     Args:
         query: h_t, unit vectors.
-        item: vocabulary index of each target.
+        times: n_t, how many behaviors are with each target itself; see `times_of`.
         embedding: e_t.
         interests: of each user.
-        remembered: items of each user.
         decoder: B, how embeddings change where keys do; see `reduction.linear_decoder`.
         size_prior: eta, weight of log n_k and of log n_t.
 
@@ -185,10 +183,10 @@ def attend_interests(
     """
     lowest = torch.finfo(query.dtype).min
     prior = (size_prior * interests.size.clamp(min=1).log()).masked_fill(interests.size == 0, lowest)[:, None]
-    own, own_prior = attend_itself(query, item, remembered, interests.scale, size_prior)
+    own, own_prior = attend_itself(query, times, interests.scale, size_prior)
     spread = 0.5 * interests.scale.square() * (query.square() @ interests.variance.transpose(1, 2))
     logits = torch.cat([relevance_of_all(query, interests.center, interests.scale) + spread + prior, own], 2)
-    prior = torch.cat([prior.expand(-1, item.shape[1], -1), own_prior], 2)
+    prior = torch.cat([prior.expand(-1, times.shape[1], -1), own_prior], 2)
     weights, affinity = weigh(logits, prior)
     moved = interests.scale * query * (weights[..., :-1] @ interests.variance)
     value = weights[..., :-1] @ interests.value + moved @ decoder + weights[..., -1:] * embedding
@@ -197,8 +195,7 @@ def attend_interests(
 
 def attend_itself(
     query: Float[Tensor, "G T P"],
-    item: Int64[Tensor, "G T"],
-    remembered: Remembered,
+    times: Int64[Tensor, "G T"],
     scale: Float[Tensor, ""],
     size_prior: float,
 ) -> tuple[Float[Tensor, "G T 1"], Float[Tensor, "G T 1"]]:
@@ -206,9 +203,8 @@ def attend_itself(
 
     Both are the lowest number where a target is not remembered.
     """
-    count = times_of(item, remembered)
-    prior = size_prior * count.clamp(min=1).to(query.dtype).log()
-    prior = prior.masked_fill(count == 0, torch.finfo(query.dtype).min)[..., None]
+    prior = size_prior * times.clamp(min=1).to(query.dtype).log()
+    prior = prior.masked_fill(times == 0, torch.finfo(query.dtype).min)[..., None]
     return prior + relevance(query, query, scale)[..., None], prior
 
 

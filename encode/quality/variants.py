@@ -199,7 +199,8 @@ class Variant(LongTerm):
         if state.variance is not None:
             spread = target.key.square() @ state.variance.transpose(1, 2)
             logits = logits + 0.5 * state.scale.square() * spread
-        own, own_prior = attend_itself(target.key, target.item, state.remembered, state.scale, self.size_prior)
+        times = times_of(target.item, state.remembered)
+        own, own_prior = attend_itself(target.key, times, state.scale, self.size_prior)
         logits = torch.cat([logits, own], 2)
         prior = torch.cat([prior.expand(-1, own.shape[1], -1), own_prior], 2)
         every, affinity = weigh(logits, prior)
@@ -210,8 +211,8 @@ class Variant(LongTerm):
         if state.covariance is not None:
             tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
             vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
-        times = times_of(target.item, state.remembered).to(affinity.dtype)
-        scalars = [*([affinity] if self.affinity else []), *([times.log1p()] if self.counts else [])]
+        count = times.to(affinity.dtype).log1p()
+        scalars = [*([affinity] if self.affinity else []), *([count] if self.counts else [])]
         return Read(vector[:, :, None], torch.stack(scalars, 2) if scalars else vector[..., :0])
 
 

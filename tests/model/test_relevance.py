@@ -253,7 +253,9 @@ def test_a_target_attends_to_its_own_past_as_to_one_more_interest():
     )
     remembered = Remembered(torch.tensor([[5, 7, NO_ITEM]]), torch.tensor([[1, 2, 0]]))
     query, embedding = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[20.0], [20.0]]])
-    found = attend_interests(query, torch.tensor([[7, 6]]), embedding, interests, remembered, torch.ones(2, 1), 1.0)
+    found = attend_interests(
+        query, times_of(torch.tensor([[7, 6]]), remembered), embedding, interests, torch.ones(2, 1), 1.0
+    )
     assert found.weights[0, 0].tolist() == pytest.approx([0.2, 0.8])
     assert found.value[0, 0].item() == pytest.approx(18)
     assert found.affinity[0, 0].item() == pytest.approx(math.log(20 / 6))
@@ -268,9 +270,8 @@ def test_nobody_and_nothing_remembered_gives_zeros():
     interests = Interests(none, torch.zeros(1, 2, D), torch.zeros(1, 2), none, torch.tensor(8.0))
     remembered = remember(torch.zeros(1, 0, dtype=torch.long), 4)
     query = unit(torch.Generator().manual_seed(0), 1, 3, P)
-    found = attend_interests(
-        query, torch.tensor([[2, 3, 4]]), torch.ones(1, 3, D), interests, remembered, torch.ones(P, D), 1.0
-    )
+    times = times_of(torch.tensor([[2, 3, 4]]), remembered)
+    found = attend_interests(query, times, torch.ones(1, 3, D), interests, torch.ones(P, D), 1.0)
     assert found.value.abs().sum() == found.affinity.abs().sum() == found.weights.abs().sum() == 0
 
 
@@ -288,7 +289,7 @@ def test_remembering_is_nearer_to_full_attention_for_what_was_had_often():
     exact = full_attention(query[0], table[item], values[item], 12.0)
     known, none = remember(item[None] + 2, 300), torch.zeros(P, D).double()
     interests = interests._replace(variance=torch.zeros_like(interests.variance))
-    with_it = attend_interests(query, target, values[17][None, None], interests, known, none, 1.0)
+    with_it = attend_interests(query, times_of(target, known), values[17][None, None], interests, none, 1.0)
     without = over_interests(query[0], interests)
     assert (with_it.value[0] - exact).norm() < 0.7 * (without - exact).norm()
 
