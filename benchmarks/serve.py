@@ -146,7 +146,7 @@ Request = Callable[[int], Any]
 def model_time(served: Served, length: int, count: int) -> Request:
     """Return what answers from a user's id and the vocabulary indices of candidates."""
     engine = Engine(served.space, served.reader)
-    return _from_row(served, length, count, lambda user, target: engine.score(engine.prepare(user), target))
+    return _from_row(served, length, count, engine.score_user)
 
 
 def by_training_code(served: Served, length: int, count: int) -> Request:

@@ -9,7 +9,7 @@ report.json          curves for people
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import cast
@@ -145,13 +145,27 @@ def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reade
     return card, reader.eval()
 
 
-def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, where: str) -> None:
+Score = Callable[[UserState, Int64[Tensor, " B"]], Float[Tensor, " B"]]
+"""Gives the probability of each candidate."""
+
+
+def check_mirror(
+    files: Mapping[str, bytes], reader: Reader, table: Catalog, where: str, score: Score | None = None
+) -> None:
     """Score the mirror test's users again and compare with what training wrote down.
+
+    Args:
+        files: of the model.
+        reader: the model.
+        table: e and h of the whole vocabulary.
+        where: named in errors.
+        score: what will score; by default `read_user`.
 
     Raises:
         ArtifactError: a probability is off by more than 1e-5: model and space are not the ones trained together,
             or this machine computes something else.
     """
+    score = score or (lambda user, target: torch.sigmoid(read_user(reader, table, user, target)))
     try:
         mirror = {name: torch.from_numpy(value) for name, value in load(files["mirror.safetensors"]).items()}
         worst = 0.0
@@ -160,8 +174,8 @@ def check_mirror(files: Mapping[str, bytes], reader: Reader, table: Catalog, whe
             center, value, size, variance = (mirror[name][one] for name in ("center", "value", "size", "variance"))
             interests = Interests(center, value, size, variance, reader.scale)
             known = Known(interests, Remembered(mirror["item"][one], mirror["times"][one]))
-            logit = read_user(reader, table, UserState(known, mirror["recent"][place]), mirror["target"][place])
-            off = (torch.sigmoid(logit) - mirror["probability"][place]).abs().max()
+            found = score(UserState(known, mirror["recent"][place]), mirror["target"][place])
+            off = (found - mirror["probability"][place]).abs().max()
             worst = max(worst, float(off.nan_to_num(nan=1.0)))
     except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
         raise ArtifactError(f"{where}: mirror test cannot run ({type(error).__name__}: {error})") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,10 @@ class Bundle:
     card: ModelCard
     space: Space
     reader: Reader
+    engine: Engine
     pointer: Pointer
     snapshot: LocalSnapshot
     names: Mapping[int, str]
-
-    @cached_property
-    def engine(self) -> Engine:
-        """What computes."""
-        return Engine(self.space, self.reader)
 
     def describe(self) -> dict[str, str]:
         """Return what every response says about where its numbers come from."""
@@ -96,7 +91,7 @@ class Bundle:
         row = self.snapshot.find(user_id)
         target = self._index(item_ids, category_ids)
         user = self._with_recent(state_of(row, self.space), recent)
-        probability = self.engine.score(self.engine.prepare(user), torch.from_numpy(target))
+        probability = self.engine.score_user(user, torch.from_numpy(target))
         known = self.space.vocabulary.is_item(target)
         return Scored(
             probability.tolist(),
@@ -163,7 +158,8 @@ def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str
     where = f"model version {model_version}"
     card, reader = load_model(files, where)
     space = read_space(storage, card.space)
-    check_mirror(files, reader, space.items, where)
+    engine = Engine(space, reader)
+    check_mirror(files, reader, space.items, where, engine.score_user)
     folder = folder_of(card.space)
     current = read_current(storage, folder)
     if current is None:
@@ -178,6 +174,7 @@ def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str
         card,
         space,
         reader,
+        engine,
         pointer,
         fetch_snapshot(storage, prefix, manifest, cache),
         _names(storage),

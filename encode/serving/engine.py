@@ -113,6 +113,10 @@ class Engine:
         logit: Tensor = self._rest(hidden).squeeze(1)
         return logit.sigmoid()
 
+    def score_user(self, user: UserState, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return the probability of each candidate of a user who is asked for once."""
+        return self.score(self.prepare(user), target)
+
     @torch.inference_mode()
     def attention(
         self, user: PreparedUser, target: Int64[Tensor, " B"]

@@ -318,6 +318,17 @@ def test_the_mirror_holds_what_each_user_remembers(files):
     assert mirror["times"].tolist() == [[2, 1, *[0] * 6], [0] * 8, [1, 2, 3, 4, 5, 6, 7, 0]]
 
 
+def test_mirror_holds_whatever_scores_to_what_training_wrote_down(space_and_reader, files):
+    space, reader = space_and_reader
+
+    def score(user, target):
+        return torch.sigmoid(read_user(reader, space.items, user, target))
+
+    check_mirror(files, reader, space.items, "over here", score)
+    with pytest.raises(ArtifactError, match="over here: mirror test: a probability is off by 1"):
+        check_mirror(files, reader, space.items, "over here", lambda user, target: score(user, target) + 1)
+
+
 def test_mirror_fails_in_a_smaller_space(space_and_reader, files):
     space, reader = space_and_reader
     other = dataclasses.replace(space, embedding=space.embedding[:2], key=space.key[:2])
