@@ -18,7 +18,7 @@ from encode.serving.follower import Follower
 from encode.serving.inference import inference_probes, inference_routes
 from encode.serving.invocations import invocation_routes
 from encode.serving.limits import Limited, Limits, Work
-from encode.serving.metrics import Metrics
+from encode.serving.metrics import Metrics, State
 from encode.serving.observe import Observed
 from encode.serving.probes import OPEN_PATHS, SPARED_PATHS, probe_routes
 from encode.serving.problems import documented, handle_problems
@@ -51,7 +51,7 @@ def create_app(
     metrics, work = Metrics(), Work()
     follower = Follower(places, config, cache, seconds, metrics.load_refused)
     scorer = Scorer(follower, metrics, max_age_days, now)
-    metrics.watch(lambda: follower.bundle, scorer.is_ready, lambda: work.count, now)
+    metrics.registry.register(State(lambda: follower.bundle, scorer.is_ready, lambda: work.count, now))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -32,16 +32,6 @@ class Metrics:
         for kind in ("unknown_user", "unknown_item", "stale_snapshot"):
             self._fallbacks.labels(kind)
 
-    def watch(
-        self,
-        bundle: Callable[[], Bundle | None],
-        ready: Callable[[], bool],
-        at_work: Callable[[], int],
-        now: Callable[[], datetime],
-    ) -> None:
-        """Show what these say at the moment of each scrape."""
-        self.registry.register(_State(bundle, ready, at_work, now))
-
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
         self._latency.labels(route).observe(seconds)
@@ -80,8 +70,8 @@ class Metrics:
         return Counter(f"encode_{name}", text, labels, registry=self.registry)
 
 
-class _State(Collector):
-    """Gauges that are read, not kept: nothing to forget when the bundle changes."""
+class State(Collector):
+    """Gauges that are read at each scrape, not kept: nothing to forget when the bundle changes."""
 
     def __init__(
         self,
