@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from encode.config import ModelConfig
 from encode.errors import ConfigError
 from encode.model.long_term import LongTerm, Sizes
+from encode.quality.counted import Counted
 from encode.quality.rivals.attention import DinUnit, FullAttention
 from encode.quality.rivals.dare import DARE
 from encode.quality.rivals.dman import Dman
@@ -107,7 +108,10 @@ ABLATIONS = (
 )
 """ENCODE with one thing changed, a row each."""
 
-GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "ablations": ABLATIONS}
+COUNTED = tuple(name if name == "encode" else f"{name}:counts=true" for name in MODELS)
+"""Every model told how often the target is in the history, which ENCODE is by itself."""
+
+GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "counted": COUNTED, "ablations": ABLATIONS}
 """Names that stand for several models."""
 
 
@@ -130,18 +134,21 @@ class Chosen:
     """Of the model of long-term interest."""
     backbone: Mapping[str, Any]
     """Of `ModelConfig`, where it differs from what all have."""
+    counted: bool = False
+    """Whether the MLP is told the target's count, by a model that has no such switch itself."""
 
     def make(self, sizes: Sizes) -> LongTerm:
         """Return the model of long-term interest, initialized from torch's generator."""
         factory: Callable[..., LongTerm] = self.model.kind
-        return factory(sizes, **self.options)
+        made = factory(sizes, **self.options)
+        return Counted(made) if self.counted else made
 
 
 def choose(name: str) -> Chosen:
     """Read a model's name with its switches, `NAME[:SWITCH=VALUE,...]`; values of a list are joined by `+`.
 
-    Switches are those of the model's class, else those of the backbone (`ModelConfig`). A value has the type that the
-    switch declares.
+    Switches are those of the model's class, else `counts` (see `Counted`), else those of the backbone (`ModelConfig`).
+    A value has the type that the switch declares.
 
     Raises:
         ConfigError: there is no such model, switch or value; what there is, is named.
@@ -153,16 +160,19 @@ def choose(name: str) -> Chosen:
     own = _switches(model.kind)
     options = dict(model.options)
     backbone: dict[str, Any] = {} if model.reduces else {"triplet_weight": 0.0}
+    counted = False
     for switch in filter(None, switches.split(",")):
         key, _, text = switch.partition("=")
         if key in own:
             options[key] = _value(name, key, text, own[key])
+        elif key == "counts":
+            counted = _value(name, key, text, bool)
         elif key in _BACKBONE:
             backbone[key] = _value(name, key, text, _BACKBONE[key])
         else:
-            known = ", ".join(dict.fromkeys([*own, *_BACKBONE]))
+            known = ", ".join(dict.fromkeys([*own, "counts", *_BACKBONE]))
             raise ConfigError(f"model {name!r}: unknown switch {key!r}; have {known}")
-    return Chosen(name, model, options, backbone)
+    return Chosen(name, model, options, backbone, counted)
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:

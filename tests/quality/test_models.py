@@ -21,7 +21,7 @@ from encode.model.ctr import Reader, Tables
 from encode.model.long_term import Sizes
 from encode.quality.bench import SETUP
 from encode.quality.cells import Setup, backbone_of, check_model
-from encode.quality.models import ABLATIONS, GROUPS, MODELS, choose, named
+from encode.quality.models import ABLATIONS, COUNTED, GROUPS, MODELS, choose, named
 from encode.quality.rivals.attention import DinUnit, FullAttention
 from encode.quality.rivals.sparse_ctr import SparseCTR
 from encode.quality.variants import Variant
@@ -35,7 +35,7 @@ LENGTHS = (70, 0, 25, 1)
 SHOWN = (3, 2, 5, 1)
 """Impressions of each user."""
 SMALL = Setup(SETUP.backbone.model_copy(update={"hidden_dims": (16,), "recent_length": 4}), SETUP.training)
-ALL = pytest.mark.parametrize("name", [*MODELS, *ABLATIONS])
+ALL = pytest.mark.parametrize("name", dict.fromkeys([*MODELS, *COUNTED, *ABLATIONS]))
 
 
 def replay_of(lengths=LENGTHS, shown=SHOWN):
@@ -182,7 +182,7 @@ def test_switches_of_the_backbone_are_told_from_those_of_the_model():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("encoed", r"model 'encoed': unknown; have recent, mean, .*encode, and groups all, ablations$"),
+        ("encoed", r"model 'encoed': unknown; have recent, mean, .*encode, and groups all, counted, ablations$"),
         ("encode:k=3", r"'encode:k=3': unknown switch 'k'; have num_clusters, .*embedding_dim"),
         ("full:size_prior=0", r"unknown switch 'size_prior'"),  # full attention has no sizes
         ("twin:num_remembered=9", r"unknown switch .num_remembered."),
@@ -238,6 +238,34 @@ def test_groups_stand_for_their_models_each_once():
         "twin:k=5",
     )
     assert not set(GROUPS) & set(MODELS)
+
+
+def test_a_model_is_told_how_often_the_target_was_had():
+    """The count is the last scalar, whatever the model reads beside it, and nothing else of it changes."""
+    plain, counted = made("dman")[2].long_term, made("dman:counts=true")[2].long_term
+    assert counted.num_scalars == plain.num_scalars + 1
+    _, tables, reader = made("dman:counts=true")
+    replay, table = replay_of((40,), (6,)), tables.all_items()
+    (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign), 64)
+    with torch.no_grad():
+        items = of_batch(table, batch)
+        history, target = history_of(items, batch, reader.scale), targets_of(items, batch)
+        told = counted.read(counted.summarise(history), target)
+        counted.own.load_state_dict(plain.state_dict())
+        own = plain.read(plain.summarise(history), target)
+    times = (history.item[:, None] == target.item[..., None]).sum(2)
+    assert times.max() > 1
+    torch.testing.assert_close(told.scalars[..., -1], times.float().log1p())
+    torch.testing.assert_close(told.vectors, own.vectors)
+    torch.testing.assert_close(told.scalars[..., :-1], own.scalars)
+
+
+def test_all_are_told_the_count_or_none():
+    assert named(["counted"]) == COUNTED
+    for name in COUNTED:
+        assert made(name)[2].long_term.num_scalars >= 1
+        assert choose(name).counted or name in ("encode", "full:counts=true", "encode-paper:counts=true")
+    assert not any(choose(name).counted for name in MODELS)
 
 
 def test_an_ablation_is_encode_with_something_changed():
