@@ -135,7 +135,8 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
         items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
         recent[: len(items)] = space.vocabulary.index(items, categories)
     centers, values, sizes, variances = (torch.from_numpy(array) for array in (center, value, size, variance))
-    return user_state(centers, values, sizes, variances, space.scale, index, times, recent)
+    category = space.vocabulary.category_index[index]
+    return user_state(centers, values, sizes, variances, space.scale, index, times, category, recent)
 
 
 def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:

@@ -108,12 +108,14 @@ class Known(NamedTuple):
 
     interests: Interests
     remembered: Remembered
+    categories: Remembered
+    """Of the remembered items."""
 
 
 class Encode(LongTerm):
     """ENCODE: a user is K interests, and a target attends to them with the relevance that made them."""
 
-    num_scalars = 2
+    num_scalars = 3
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -142,7 +144,9 @@ class Encode(LongTerm):
             history.scale,
             self.by_relevance,
         )
-        return Known(interests, remember(history.item, self.num_remembered))
+        remembered = remember(history.item, self.num_remembered)
+        category = history.category.masked_fill(times_of(history.item, remembered) == 0, PADDING)
+        return Known(interests, remembered, remember(category, self.num_remembered))
 
     def profile(self, state: Known, history: History | None = None) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size: the stored state is all that serving has."""
@@ -155,10 +159,15 @@ class Encode(LongTerm):
         return self._attend(state, target, times_of(target.item, state.remembered))
 
     def read(self, state: Known, target: Target) -> Read:
-        """Return v = sum_k beta_k z_k, the affinity to all interests, and log(1 + n_t) of the target itself."""
+        """Return v = sum_k beta_k z_k, the affinity to all interests, and log(1 + n) of the target and its category.
+
+        How often the user had something is what clusters, which are many items each, tell least about. Ours, not the
+        paper's.
+        """
         times = times_of(target.item, state.remembered)
         found = self._attend(state, target, times)
-        return Read(found.value[:, :, None], torch.stack([found.affinity, times.to(found.affinity.dtype).log1p()], 2))
+        counts = torch.stack([times, times_of(target.category, state.categories)], 2).to(found.affinity.dtype)
+        return Read(found.value[:, :, None], torch.cat([found.affinity[..., None], counts.log1p()], 2))
 
     def _attend(self, state: Known, target: Target, times: Int64[Tensor, "G T"]) -> Attention:
         return attend_interests(target.key, times, target.embedding, state.interests, self.decoder, self.size_prior)

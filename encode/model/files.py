@@ -28,7 +28,7 @@ from encode.errors import ArtifactError
 from encode.model.ctr import Encode, Known, Reader, Recent, User
 from encode.model.long_term import Catalog, Target
 from encode.model.relevance import NO_ITEM, Interests, Remembered
-from encode.schema import PADDING, canonical_json, digest
+from encode.schema import MOST_TIMES, PADDING, UNKNOWN, canonical_json, digest
 
 MODEL_FILES = ("model.json", "reader.safetensors", "mirror.safetensors")
 MIRROR_TOLERANCE = 1e-5
@@ -168,13 +168,14 @@ def check_mirror(
     score = score or (lambda user, target: torch.sigmoid(read_user(reader, table, user, target)))
     try:
         mirror = {name: torch.from_numpy(value) for name, value in load(files["mirror.safetensors"]).items()}
-        worst = 0.0
+        worst, scale = 0.0, reader.scale.item()
         for place in range(len(mirror["target"])):
-            one = slice(place, place + 1)
-            center, value, size, variance = (mirror[name][one] for name in ("center", "value", "size", "variance"))
-            interests = Interests(center, value, size, variance, reader.scale)
-            known = Known(interests, Remembered(mirror["item"][one], mirror["times"][one]))
-            found = score(UserState(known, mirror["recent"][place]), mirror["target"][place])
+            center, value, size, variance = (mirror[name][place] for name in ("center", "value", "size", "variance"))
+            item, times = (mirror[name][place][mirror["times"][place] > 0].numpy() for name in ("item", "times"))
+            category = table.category.numpy()[item]
+            recent = mirror["recent"][place].numpy()
+            user = user_state(center, value, size, variance, scale, item, times, category, recent)
+            found = score(user, mirror["target"][place])
             off = (found - mirror["probability"][place]).abs().max()
             worst = max(worst, float(off.nan_to_num(nan=1.0)))
     except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
@@ -194,6 +195,7 @@ def user_state(
     scale: float,
     item: npt.NDArray[np.int64],
     times: npt.NDArray[np.int64],
+    category: npt.NDArray[np.int64],
     recent: npt.NDArray[np.int64],
 ) -> UserState:
     """Make a user's state from the user's own interests, remembered items and recent behaviors (vocabulary index).
@@ -206,12 +208,21 @@ def user_state(
         scale: of the relevance.
         item: remembered items, ascending; may be none.
         times: how many behaviors are with each of them.
+        category: index of each one's category.
         recent: padded.
     """
-    items, counts = np.append(item, NO_ITEM), np.append(times, 0)
-    remembered = Remembered(torch.from_numpy(items)[None], torch.from_numpy(counts)[None])
+    known = category > UNKNOWN
+    categories, place = np.unique(category[known], return_inverse=True)
+    in_category = np.minimum(np.bincount(place, times[known], len(categories)), MOST_TIMES).astype(np.int64)
     interests = Interests(center[None], value[None], size[None], variance[None], torch.tensor(scale))
-    return UserState(Known(interests, remembered), torch.from_numpy(recent))
+    return UserState(
+        Known(interests, _remembered(item, times), _remembered(categories, in_category)), torch.from_numpy(recent)
+    )
+
+
+def _remembered(item: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> Remembered:
+    """Return what is remembered of one user, with an empty place at the end, so that there is one at least."""
+    return Remembered(torch.from_numpy(np.append(item, NO_ITEM))[None], torch.from_numpy(np.append(times, 0))[None])
 
 
 def _padded(rows: Sequence[Tensor], filler: int) -> Tensor:

@@ -112,10 +112,10 @@ class Interests(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """The most frequent items of each of G users, kept by themselves beside the interests."""
+    """The most frequent items of each of G users, kept by themselves beside the interests; or their categories."""
 
     item: Int64[Tensor, "G M"]
-    """Vocabulary index, ascending; the largest int64 where there are fewer than M."""
+    """Vocabulary or category index, ascending; the largest int64 where there are fewer than M."""
     times: Int64[Tensor, "G M"]
     """How many behaviors are with it, at most 65,535; 0 where there is none."""
 
@@ -127,7 +127,7 @@ def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
     """Return the most frequent items of each history, the smaller index first among equals.
 
     Args:
-        item: vocabulary index of each behavior; padding and unknown items are not remembered.
+        item: vocabulary (or category) index of each behavior; padding and what is unknown are not remembered.
         num_items: M at most.
     """
     if num_items == 0:

@@ -109,7 +109,7 @@ def run_cell(task: Task, cell: Cell, setup: Setup, say: Callable[[str], None]) -
         "settings": {
             "backbone": config.model_dump(mode="json", exclude=set(PLATFORM_ONLY)),
             "training": training.model_dump(mode="json"),
-            "long_term": dict(chosen.options) | ({"counts": True} if chosen.counted else {}),
+            "long_term": dict(chosen.options) | dict(chosen.told),
         },
         "environment": {
             "python": platform.python_version(),

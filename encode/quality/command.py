@@ -15,9 +15,10 @@ EPILOG = """
 Tasks: planted, complete-journey, complete-journey-past, ml-1m, ml-1m-200, taobao-814=PATH, or the path of a log with
 impressions.parquet. NAME=PATH reads a task's behaviors from a file or folder rather than from PyPI.
 Models: recent, mean, full, din, sim-hard, sim-soft, eta, sdim, twin, twin-v2, dman, mirrn, dare, ifa, sparse-ctr,
-self-modulating, encode-paper, encode; with switches, as `encode:num_clusters=16,pooling=mean`; `counts=true` tells any
-of them how often the target is in the history, as `encode` is told. `all` stands for every model, `counted` for every
-model told that, `ablations` for ENCODE with one thing changed at a time. `full` is what others are compared with.
+self-modulating, encode-paper, encode; with switches, as `encode:num_clusters=16,pooling=mean`. `counts=true` and
+`categories=true` tell any of them how often the target and its category are in the history, as `encode` is told. `all`
+stands for every model, `counted` for every model told both, `ablations` for ENCODE with one thing changed at a time.
+`full` is what others are compared with.
 """
 
 

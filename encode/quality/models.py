@@ -48,6 +48,7 @@ _PAPER = {
     "moments": "none",
     "remembered": 0,
     "counts": False,
+    "categories": False,
     "center_weight": 0.0,
 }
 MODELS: Mapping[str, Model] = {
@@ -83,6 +84,7 @@ ABLATIONS = (
     "encode:center_weight=0.005",
     "encode:center_weight=0.02",
     "encode:counts=false",
+    "encode:categories=false",
     "encode:remembered=0",
     "encode:remembered=512",
     "encode:moments=none",
@@ -108,8 +110,8 @@ ABLATIONS = (
 )
 """ENCODE with one thing changed, a row each."""
 
-COUNTED = tuple(name if name == "encode" else f"{name}:counts=true" for name in MODELS)
-"""Every model told how often the target is in the history, which ENCODE is by itself."""
+COUNTED = tuple(name if name == "encode" else f"{name}:counts=true,categories=true" for name in MODELS)
+"""Every model told how often the target and its category are in the history, which ENCODE is by itself."""
 
 GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "counted": COUNTED, "ablations": ABLATIONS}
 """Names that stand for several models."""
@@ -117,6 +119,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {"all": tuple(MODELS), "counted": COUNTE
 
 PLATFORM_ONLY = frozenset({"center_weight", "num_remembered", "pooling", "size_prior"})
 """Settings that the platform's own ENCODE reads and no model of the bench; `Variant` has such switches itself."""
+_TOLD = ("counts", "categories")
 _BACKBONE: Mapping[str, Any] = {
     name: field.annotation for name, field in ModelConfig.model_fields.items() if name not in PLATFORM_ONLY
 }
@@ -134,21 +137,22 @@ class Chosen:
     """Of the model of long-term interest."""
     backbone: Mapping[str, Any]
     """Of `ModelConfig`, where it differs from what all have."""
-    counted: bool = False
-    """Whether the MLP is told the target's count, by a model that has no such switch itself."""
+    told: Mapping[str, bool] = field(default_factory=dict)
+    """Counts that the MLP is told by a model that has no such switches itself; see `Counted`."""
 
     def make(self, sizes: Sizes) -> LongTerm:
         """Return the model of long-term interest, initialized from torch's generator."""
         factory: Callable[..., LongTerm] = self.model.kind
         made = factory(sizes, **self.options)
-        return Counted(made) if self.counted else made
+        told = self.told
+        return Counted(made, items=told["counts"], categories=told["categories"]) if any(told.values()) else made
 
 
 def choose(name: str) -> Chosen:
     """Read a model's name with its switches, `NAME[:SWITCH=VALUE,...]`; values of a list are joined by `+`.
 
-    Switches are those of the model's class, else `counts` (see `Counted`), else those of the backbone (`ModelConfig`).
-    A value has the type that the switch declares.
+    Switches are those of the model's class, else `counts` and `categories` (see `Counted`), else those of the backbone
+    (`ModelConfig`). A value has the type that the switch declares.
 
     Raises:
         ConfigError: there is no such model, switch or value; what there is, is named.
@@ -160,19 +164,19 @@ def choose(name: str) -> Chosen:
     own = _switches(model.kind)
     options = dict(model.options)
     backbone: dict[str, Any] = {} if model.reduces else {"triplet_weight": 0.0}
-    counted = False
+    told = dict.fromkeys(_TOLD, False)
     for switch in filter(None, switches.split(",")):
         key, _, text = switch.partition("=")
         if key in own:
             options[key] = _value(name, key, text, own[key])
-        elif key == "counts":
-            counted = _value(name, key, text, bool)
+        elif key in _TOLD:
+            told[key] = _value(name, key, text, bool)
         elif key in _BACKBONE:
             backbone[key] = _value(name, key, text, _BACKBONE[key])
         else:
-            known = ", ".join(dict.fromkeys([*own, "counts", *_BACKBONE]))
+            known = ", ".join(dict.fromkeys([*own, *_TOLD, *_BACKBONE]))
             raise ConfigError(f"model {name!r}: unknown switch {key!r}; have {known}")
-    return Chosen(name, model, options, backbone, counted)
+    return Chosen(name, model, options, backbone, told)
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from encode.interests.kmeans import cluster
 from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
 from encode.model.reduction import center_loss, linear_decoder, random_projection
 from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember, times_of, weigh
+from encode.schema import PADDING
 
 
 class Moments(NamedTuple):
@@ -35,6 +36,7 @@ class Moments(NamedTuple):
     covariance: Float[Tensor, "G K P D"] | None
     """Sigma_k: of keys and values of a cluster."""
     remembered: Remembered
+    categories: Remembered
 
 
 class Variant(LongTerm):
@@ -60,6 +62,7 @@ class Variant(LongTerm):
             None is hard.
         affinity: whether the MLP gets the affinity to the interests as a whole.
         counts: whether it gets how often the target is remembered, log(1 + n_t).
+        categories: whether it gets how often remembered items of its category are.
         center_weight: of the center loss (`reduction.center_loss`).
         reclustering: epochs of training after which histories are clustered anew; evaluation always clusters anew.
         remembered: M, items of a user, the most frequent ones, whose counts are kept by themselves. A target that is
@@ -85,15 +88,17 @@ class Variant(LongTerm):
         affinity: bool = True,
         remembered: int = 4096,
         counts: bool = True,
+        categories: bool = True,
         center_weight: float = 0.01,
         reclustering: int = 1,
     ) -> None:
         super().__init__()
-        self.num_scalars = int(affinity) + int(counts)
+        self.num_scalars = affinity + counts + categories
         self.clustering = ClusteringConfig(num_clusters=num_clusters)
         self.grouping, self.metric, self.pooling, self.center = grouping, metric, pooling, center
         self.size_prior, self.decay, self.moments, self.sharpness = size_prior, decay, moments, sharpness
-        self.remembered, self.counts, self.center_weight = remembered, counts, center_weight
+        self.remembered, self.counts, self.categories = remembered, counts, categories
+        self.center_weight = center_weight
         if reclustering < 1:
             raise ValueError(f"reclustering: found {reclustering}, expected at least 1")
         self.reclustering, self.epoch = reclustering, 0
@@ -180,7 +185,9 @@ class Variant(LongTerm):
             covariance = (share @ pairs.flatten(2)).view(*size.shape, *pairs.shape[2:]) / count[..., None]
             covariance = covariance - mean[..., None] * (share @ values / count)[:, :, None]
         remembered = remember(history.item, self.remembered)
-        return Moments(mean, value, size, log_prior, history.scale, variance, covariance, remembered)
+        category = history.category.masked_fill(times_of(history.item, remembered) == 0, PADDING)
+        categories = remember(category, self.remembered)
+        return Moments(mean, value, size, log_prior, history.scale, variance, covariance, remembered, categories)
 
     def profile(self, state: Moments, history: History) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size."""
@@ -192,7 +199,7 @@ class Variant(LongTerm):
         return self.center_weight * center_loss(state.center, state.size, state.scale)
 
     def read(self, state: Moments, target: Target) -> Read:
-        """Return v, the affinity of the target to the interests as a whole, and how often it is remembered."""
+        """Return v, the affinity of the target to the interests as a whole, and how often it and its like are kept."""
         prior = state.log_prior.masked_fill(state.size == 0, torch.finfo(target.key.dtype).min)[:, None]
         center = F.normalize(state.center, dim=2) if self.center == "unit" else state.center
         logits = relevance_of_all(target.key, center, state.scale) + prior
@@ -211,8 +218,9 @@ class Variant(LongTerm):
         if state.covariance is not None:
             tilted = torch.einsum("gtk,gtp,gkpd->gtd", weights, state.scale * target.key, state.covariance)
             vector = vector + (tilted if self.narrow is None else tilted @ self.narrow.T)
-        count = times.to(affinity.dtype).log1p()
-        scalars = [*([affinity] if self.affinity else []), *([count] if self.counts else [])]
+        in_category = times_of(target.category, state.categories)
+        counts = [*([times] if self.counts else []), *([in_category] if self.categories else [])]
+        scalars = [*([affinity] if self.affinity else []), *(count.to(affinity.dtype).log1p() for count in counts)]
         return Read(vector[:, :, None], torch.stack(scalars, 2) if scalars else vector[..., :0])
 
 

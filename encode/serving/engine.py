@@ -44,6 +44,8 @@ class PreparedUser(NamedTuple):
     """C = 2 P: asked with [h_t, h_t^2]. E = D + P: the value, and how far attention moves the mean key."""
     remembered: Remembered
     """Of a single user, G = 1."""
+    categories: Remembered
+    """Of the same user."""
     recent: Slots
     """C = P, E = D."""
     bias: Float[Tensor, " H"]
@@ -88,7 +90,8 @@ class Engine:
             self._items.embedding[user.recent],
         )
         of_user = torch.cat([self._encode.profile(user.known)[0], size.sum().log1p()[None]])
-        return PreparedUser(slots, user.known.remembered, recent, torch.addmv(self._bias, self._of_user, of_user))
+        bias = torch.addmv(self._bias, self._of_user, of_user)
+        return PreparedUser(slots, user.known.remembered, user.known.categories, recent, bias)
 
     @torch.inference_mode()
     def score(self, user: PreparedUser, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -107,7 +110,8 @@ class Engine:
         long_term.addcmul_(weights[:, -1:], embedding)
         weights, recent_affinity = _attend_recent(user.recent, key)
         short_term = weights @ user.recent.value
-        scalars = torch.stack([affinity, times.log1p(), recent_affinity], 1)
+        in_category = times_of(self._items.category.index_select(0, target)[None], user.categories)[0].float()
+        scalars = torch.stack([affinity, times.log1p(), in_category.log1p(), recent_affinity], 1)
         features = [long_term, short_term, embedding, long_term * embedding, short_term * embedding, scalars]
         hidden = torch.addmm(user.bias, torch.cat(features, 1), self._of_candidate)
         logit: Tensor = self._rest(hidden).squeeze(1)

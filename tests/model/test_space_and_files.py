@@ -67,10 +67,18 @@ def files(space_and_reader):
     generator = torch.Generator().manual_seed(1)
     rows = torch.tensor([2, 4, 6])
     sizes = [3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]
-    remembered = REMEMBERED, (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.arange(2, 9), np.arange(1, 8))
+    remembered = REMEMBERED, (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.arange(2, 7), np.arange(1, 6))
     interests, recent = (space.items.key[rows], space.items.embedding[rows]), np.array([6, 5, 0, 0])
     users = [
-        user_state(*interests, torch.tensor(size), torch.full_like(interests[0], 0.01), space.scale, *items, recent)
+        user_state(
+            *interests,
+            torch.tensor(size),
+            torch.full_like(interests[0], 0.01),
+            space.scale,
+            *items,
+            space.vocabulary.category_index[items[0]],
+            recent,
+        )
         for size, items in zip(sizes, remembered, strict=True)
     ]
     card = ModelCard(
@@ -312,10 +320,10 @@ def test_mirror_fails_on_a_probability_that_is_no_number(space_and_reader, files
 def test_the_mirror_holds_what_each_user_remembers(files):
     """Rows are of different lengths, and stay ascending: a candidate is looked up in them."""
     mirror = load(files["mirror.safetensors"])
-    assert mirror["item"].shape == (3, 8)
+    assert mirror["item"].shape == (3, 6)
     assert (np.diff(mirror["item"]) >= 0).all()
-    assert mirror["item"][0].tolist() == [4, 6, *[NO_ITEM] * 6]
-    assert mirror["times"].tolist() == [[2, 1, *[0] * 6], [0] * 8, [1, 2, 3, 4, 5, 6, 7, 0]]
+    assert mirror["item"][0].tolist() == [4, 6, *[NO_ITEM] * 4]
+    assert mirror["times"].tolist() == [[2, 1, *[0] * 4], [0] * 6, [1, 2, 3, 4, 5, 0]]
 
 
 def test_mirror_holds_whatever_scores_to_what_training_wrote_down(space_and_reader, files):
@@ -347,6 +355,7 @@ def test_a_candidate_is_scored_alone(space_and_reader):
         torch.full((3, MODEL.projected_dim), 0.01),
         space.scale,
         *REMEMBERED,
+        space.vocabulary.category_index[REMEMBERED[0]],
         np.array([4, 5, 0, 0]),
     )
     candidates = torch.arange(1, 7)
@@ -357,3 +366,12 @@ def test_a_candidate_is_scored_alone(space_and_reader):
         torch.testing.assert_close(alone[0], together[place], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(own_weights[0], weights[place], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(weights.sum(1), torch.ones(6))
+
+
+def test_what_is_remembered_of_categories_is_that_of_its_items(space):
+    """As training counts them: unknown categories do not count."""
+    item, times, category = np.array([2, 3, 5, 6]), np.array([4, 1, 2, 70_000]), np.array([3, 2, 3, 1])
+    nothing = torch.zeros(1, MODEL.projected_dim), torch.zeros(1, MODEL.embedding_dim), torch.zeros(1)
+    user = user_state(*nothing, nothing[0], space.scale, item, times, category, np.zeros(4, np.int64))
+    assert user.known.categories.item[0].tolist() == [2, 3, NO_ITEM]
+    assert user.known.categories.times[0].tolist() == [1, 6, 0]

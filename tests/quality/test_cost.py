@@ -78,7 +78,8 @@ def test_what_is_kept_by_hand():
         "full": measure_cost(*reader_of(FullAttention)).state_bytes,
     }
     variant = 5 * (2 * P + D + 2) + 1  # center, variance, value, size and log prior of each, and the scale
-    remembered = 2 * 8 * (V - 2)  # index and count of every item but padding and unknown: there are fewer than M
+    # Index and count of every item but padding and unknown, there are fewer than M, and of the two categories.
+    remembered = 2 * 8 * (V - 2) + 2 * 8 * 2
     assert found == {
         "mean": 4 * (D + D),
         "recent": 4 * D,

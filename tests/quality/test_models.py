@@ -240,11 +240,12 @@ def test_groups_stand_for_their_models_each_once():
     assert not set(GROUPS) & set(MODELS)
 
 
-def test_a_model_is_told_how_often_the_target_was_had():
-    """The count is the last scalar, whatever the model reads beside it, and nothing else of it changes."""
-    plain, counted = made("dman")[2].long_term, made("dman:counts=true")[2].long_term
-    assert counted.num_scalars == plain.num_scalars + 1
-    _, tables, reader = made("dman:counts=true")
+def test_a_model_is_told_how_often_the_target_and_its_category_were_had():
+    """The counts are the last scalars, whatever the model reads beside them, and nothing else of it changes."""
+    name = "dman:counts=true,categories=true"
+    plain, (_, tables, reader) = made("dman")[2].long_term, made(name)
+    counted = reader.long_term
+    assert counted.num_scalars == plain.num_scalars + 2
     replay, table = replay_of((40,), (6,)), tables.all_items()
     (batch,) = batches(replay, assign(replay, table, reader.eval().long_term.assign), 64)
     with torch.no_grad():
@@ -253,19 +254,21 @@ def test_a_model_is_told_how_often_the_target_was_had():
         told = counted.read(counted.summarise(history), target)
         counted.own.load_state_dict(plain.state_dict())
         own = plain.read(plain.summarise(history), target)
-    times = (history.item[:, None] == target.item[..., None]).sum(2)
-    assert times.max() > 1
-    torch.testing.assert_close(told.scalars[..., -1], times.float().log1p())
+    for place, part in ((-2, "item"), (-1, "category")):
+        times = (getattr(history, part)[:, None] == getattr(target, part)[..., None]).sum(2)
+        assert times.max() > 1
+        torch.testing.assert_close(told.scalars[..., place], times.float().log1p())
     torch.testing.assert_close(told.vectors, own.vectors)
-    torch.testing.assert_close(told.scalars[..., :-1], own.scalars)
+    torch.testing.assert_close(told.scalars[..., :-2], own.scalars)
+    assert made("dman:categories=true")[2].long_term.num_scalars == plain.num_scalars + 1
 
 
-def test_all_are_told_the_count_or_none():
+def test_all_are_told_the_counts_or_none():
     assert named(["counted"]) == COUNTED
+    plain = {name: made(name)[2].long_term.num_scalars for name in MODELS}
     for name in COUNTED:
-        assert made(name)[2].long_term.num_scalars >= 1
-        assert choose(name).counted or name in ("encode", "full:counts=true", "encode-paper:counts=true")
-    assert not any(choose(name).counted for name in MODELS)
+        model = name.partition(":")[0]
+        assert made(name)[2].long_term.num_scalars == plain[model] + 2 * (name != "encode")
 
 
 def test_an_ablation_is_encode_with_something_changed():

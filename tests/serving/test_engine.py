@@ -54,7 +54,8 @@ def make_user(space: Space, sizes, num_remembered: int, num_recent: int, seed: i
     recent = np.zeros(R, np.int64)
     recent[:num_recent] = random.integers(UNKNOWN, len(VOCABULARY), num_recent)
     times = random.integers(1, 1000, num_remembered)
-    return user_state(center, value, torch.from_numpy(size), variance, space.scale, item, times, recent)
+    category = VOCABULARY.category_index[item]
+    return user_state(center, value, torch.from_numpy(size), variance, space.scale, item, times, category, recent)
 
 
 def expected_score(model, user: UserState, target):
