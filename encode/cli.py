@@ -123,6 +123,25 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         help="SHA-256 of the API keys that are let in, one a line; also from ENCODE_SERVING_KEYS. "
         "Needed where --host is not the loopback interface",
     )
+    rollout = serve.add_argument_group("rollout")
+    rollout.add_argument(
+        "--shard", default="0/1", metavar="PLACE/COUNT", help="hold only this part of the users, as 0/4 (default: all)"
+    )
+    rollout.add_argument(
+        "--max-model-ms",
+        type=_at_least(0.001),
+        default=50.0,
+        metavar="MS",
+        help="for 1,000 candidates in a trial; a slower release is refused (default: %(default)s)",
+    )
+    rollout.add_argument(
+        "--challenger", metavar="ALIAS", help="serve the version with this alias, too, as candidate (default: none)"
+    )
+    for name, text in (
+        ("--challenger-share", "of the users: answered by the challenger"),
+        ("--shadow-share", "of the champion's requests: scored by the challenger, too, without anybody waiting"),
+    ):
+        rollout.add_argument(name, type=_share, default=0.0, metavar="SHARE", help=f"{text} (default: %(default)s)")
     serve.add_argument("--new-key", action="store_true", help="print a new API key and its SHA-256, and end")
     limits = serve.add_argument_group("limits")
     for name, kind, default, unit, text in (
@@ -134,6 +153,10 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         ("--drain-timeout", _at_least(1), 10, "SECONDS", "after that: for requests at work to finish"),
     ):
         limits.add_argument(name, type=kind, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
+    webhook = with_step(add("webhook", _webhook, "let MLflow tell a serving process when an alias moves"))
+    webhook.add_argument(
+        "--url", required=True, help="of the serving process; the secret is read from ENCODE_WEBHOOK_SECRET"
+    )
     score = with_step(add("score", _score, "score items for a user with what serves now"))
     score.add_argument("--user", type=int, required=True, help="user id")
     score.add_argument("--items", type=_ids, required=True, metavar="ID,ID,...", help="candidate item ids")
@@ -191,6 +214,13 @@ def _at_least(least: float) -> Callable[[str], float]:
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 0 to 1")
+    return value
 
 
 def _ids(text: str) -> list[int]:
@@ -321,7 +351,10 @@ def _serve(options: argparse.Namespace) -> None:
 
     from encode.serving.app import create_app
     from encode.serving.limits import Limits
+    from encode.serving.local_snapshot import Shard
+    from encode.serving.rollout import Rollout
     from encode.serving.server import serve
+    from encode.serving.webhook import SECRET
 
     app = create_app(
         _places(options),
@@ -331,8 +364,29 @@ def _serve(options: argparse.Namespace) -> None:
         options.max_age,
         limits=Limits(options.max_body, options.receive_timeout, options.max_requests, options.deadline),
         hashes=hashes,
+        rollout=Rollout(
+            Shard.parse(options.shard),
+            options.max_model_ms,
+            options.challenger,
+            options.challenger_share,
+            options.shadow_share,
+        ),
+        webhook_secret=environment.get(SECRET, ""),
     )
     serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
+
+
+def _webhook(options: argparse.Namespace) -> None:
+    from encode.errors import ConfigError
+    from encode.registry import Registry
+    from encode.serving.webhook import PATH, SECRET
+
+    secret = _environment().get(SECRET)
+    if not secret:
+        raise ConfigError(f"{SECRET} is not set; give the serving process and this command the same secret")
+    url = options.url.rstrip("/") + PATH
+    webhook = Registry(_places(options), _config(options).registry).notify(url, secret)
+    _show(options, {"webhook": webhook, "url": url})
 
 
 def _score(options: argparse.Namespace) -> None:

@@ -113,6 +113,28 @@ class Registry:
         """Write a note on a version."""
         self._client.set_model_version_tag(self._config.model_name, version.number, name, value)
 
+    def notify(self, url: str, secret: str) -> str:
+        """Let MLflow call an address whenever an alias of this registry is set or removed; the same address once.
+
+        Returns:
+            Id of the webhook in MLflow.
+
+        Raises:
+            ConfigError: MLflow takes no such address, or keeps no webhooks.
+        """
+        from mlflow.entities.webhook import WebhookEvent
+        from mlflow.exceptions import MlflowException
+
+        events = [WebhookEvent("model_version_alias", action) for action in ("created", "deleted")]
+        try:
+            known = next((one for one in self._client.list_webhooks() if one.url == url), None)
+            told: dict[str, Any] = {"name": f"encode serving at {url}", "events": events, "secret": secret}
+            if known is None:
+                return str(self._client.create_webhook(url=url, **told).webhook_id)
+            return str(self._client.update_webhook(known.webhook_id, **told).webhook_id)
+        except (MlflowException, NotImplementedError) as error:
+            raise ConfigError(f"{self._uri}: no webhook for {url}: {error}") from None
+
     def metrics(self, version: Version) -> dict[str, float]:
         """Return the metrics that were logged with a version."""
         return dict(self._client.get_run(version.tags["encode.run"]).data.metrics)

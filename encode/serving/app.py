@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 
 from encode import __version__
 from encode.config import Places, RegistryConfig
-from encode.serving import keys
+from encode.serving import keys, webhook
 from encode.serving.arrow import ALSO_ARROW, arrow_routes
 from encode.serving.follower import Follower
 from encode.serving.inference import inference_probes, inference_routes
@@ -20,8 +20,10 @@ from encode.serving.invocations import invocation_routes
 from encode.serving.limits import Limited, Limits, Work
 from encode.serving.metrics import Metrics, State
 from encode.serving.observe import Observed
+from encode.serving.page import page_routes
 from encode.serving.probes import OPEN_PATHS, SPARED_PATHS, probe_routes
 from encode.serving.problems import documented, handle_problems
+from encode.serving.rollout import Rollout
 from encode.serving.routes import own_routes
 from encode.serving.scoring import Scorer
 
@@ -35,6 +37,8 @@ def create_app(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     limits: Limits | None = None,
     hashes: Set[str] = frozenset(),
+    rollout: Rollout | None = None,
+    webhook_secret: str = "",
 ) -> FastAPI:
     """Make the application.
 
@@ -47,36 +51,44 @@ def create_app(
         now: the clock behind `max_age_days` and the age in the metrics.
         limits: what a request may take.
         hashes: SHA-256 of the keys that are let in, in hex; none lets everybody in.
+        rollout: which users it holds, whether there is a challenger, and what is too slow.
+        webhook_secret: by which MLflow signs; without it no webhook is taken.
     """
-    metrics, work = Metrics(), Work()
-    follower = Follower(places, config, cache, seconds, metrics.load_refused)
-    scorer = Scorer(follower, metrics, max_age_days, now)
-    metrics.registry.register(State(lambda: follower.bundle, scorer.is_ready, lambda: work.count, now))
+    metrics, work, rollout = Metrics(), Work(), rollout or Rollout()
+    follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused)
+    scorer = Scorer(follower, rollout, metrics, max_age_days, now)
+    metrics.registry.register(State(follower.in_use, scorer.is_ready, lambda: work.count, now))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         follower.start()
+        scorer.shadow.start()
         yield
+        scorer.shadow.stop()
         follower.stop()
 
     app = FastAPI(
         title="ENCODE serving",
         version=__version__,
         lifespan=lifespan,
+        docs_url=None,  # they load scripts from elsewhere; the page at / lists the routes instead
+        redoc_url=None,
         middleware=[
             Middleware(Observed, metrics=metrics),
-            Middleware(keys.KeyRequired, hashes=hashes, open_paths=OPEN_PATHS),
+            Middleware(keys.KeyRequired, hashes=hashes, open_paths=OPEN_PATHS | {webhook.PATH}),
             Middleware(Limited, limits=limits or Limits(), work=work, spared=SPARED_PATHS, on_shed=metrics.shed),
         ],
     )
     app.state.follower, app.state.scorer, app.state.work = follower, scorer, work
     handle_problems(app)
     _add_routes(app, scorer, config.model_name)
+    app.include_router(webhook.webhook_routes(follower, webhook_secret))
     return app
 
 
 def _add_routes(app: FastAPI, scorer: Scorer, model_name: str) -> None:
     key = keys.DOCUMENTED
+    app.include_router(page_routes())
     app.include_router(probe_routes(scorer))
     app.include_router(inference_probes(scorer))
     app.include_router(arrow_routes(scorer))

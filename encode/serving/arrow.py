@@ -51,7 +51,7 @@ def arrow_routes(scorer: Scorer) -> APIRouter:
     @routes.post("/v1/score", include_in_schema=False)
     def score(request: Request, body: Annotated[bytes, Depends(_body)]) -> Response:
         asked = read_request(body)
-        bundle = scorer.bundle(request)
+        bundle = scorer.bundle(request, asked.user_id)
         scored = scorer.score(request, bundle, asked)
         told = {
             "user_id": str(asked.user_id),

@@ -24,8 +24,11 @@ from encode.model.space import Space
 from encode.pointers import Pointer, read_current
 from encode.schema import UNKNOWN, digest
 from encode.serving.engine import Engine
-from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
+from encode.serving.local_snapshot import ALL_USERS, LocalSnapshot, Shard, fetch_snapshot
 from encode.storage import Storage
+
+Chain = tuple[str, Pointer]
+"""A model version and what its space points at: what decides a bundle."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Bundle:
             "as_of": str(self.pointer.as_of),
         }
 
+    @property
+    def chain(self) -> Chain:
+        """What it was loaded from."""
+        return self.model_version, self.pointer
+
     def score(
         self,
         user_id: int,
@@ -87,11 +95,16 @@ class Bundle:
             item_ids: candidates.
             category_ids: of the candidates, for those that the space may not know.
             recent: behaviors since the snapshot, any order; they go before those that the snapshot holds.
+
+        Raises:
+            ArtifactError: a probability is not a number.
         """
         row = self.snapshot.find(user_id)
         target = self._index(item_ids, category_ids)
         user = self._with_recent(state_of(row, self.space), recent)
         probability = self.engine.score_user(user, torch.from_numpy(target))
+        if not probability.isfinite().all():
+            raise ArtifactError(f"bundle {self.id}: a probability is not a number")
         known = self.space.vocabulary.is_item(target)
         return Scored(
             probability.tolist(),
@@ -111,6 +124,7 @@ class Bundle:
                 "size": size,
                 "newest": newest,
                 "top_items": [{"item_id": item, "name": self.names.get(item)} for item in items],
+                "categories": self._categories(items),
             }
             for size, newest, items in zip(sizes, row["newest"].as_py(), row["top_items"].as_py(), strict=True)
         ]
@@ -132,6 +146,13 @@ class Bundle:
         """Tell whether an item has an embedding of its own."""
         return bool(self.space.vocabulary.is_item(self._index([item_id], None))[0])
 
+    def _categories(self, item_ids: Sequence[int]) -> list[int]:
+        """Return the categories of those items that the space knows, in the order of the items."""
+        vocabulary = self.space.vocabulary
+        index = self._index(item_ids, None)
+        found = vocabulary.item_category_ids[index[vocabulary.is_item(index)] - vocabulary.num_categories]
+        return [category for category in dict.fromkeys(found.tolist()) if category]
+
     def _index(self, item_ids: Sequence[int], category_ids: Sequence[int] | None) -> np.ndarray:
         categories = None if category_ids is None else np.array(category_ids, np.int64)
         index = self.space.vocabulary.index(np.array(item_ids, np.int64), categories)
@@ -149,8 +170,17 @@ class Bundle:
         return UserState(user.known, padded)
 
 
-def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str, cache: Path) -> Bundle:
+def load_bundle(
+    storage: Storage, files: Mapping[str, bytes], model_version: str, cache: Path, shard: Shard = ALL_USERS
+) -> Bundle:
     """Follow the chain from a model's files to the snapshot that its space points at, verifying each link.
+
+    Args:
+        storage: where space and snapshot are.
+        files: of the model.
+        model_version: its number in the registry.
+        cache: folder for what is mapped.
+        shard: the users to hold.
 
     Raises:
         ArtifactError: a link is missing, damaged or belongs to another space, or the mirror test fails.
@@ -176,7 +206,7 @@ def load_bundle(storage: Storage, files: Mapping[str, bytes], model_version: str
         reader,
         engine,
         pointer,
-        fetch_snapshot(storage, prefix, manifest, cache),
+        fetch_snapshot(storage, prefix, manifest, cache, shard),
         _names(storage),
     )
 

@@ -1,7 +1,7 @@
-"""Which bundle serves: a thread follows the registry's alias and the space's pointer.
+"""Which bundles serve: a thread follows the registry's aliases and the spaces' pointers.
 
-What it finds is loaded beside the bundle in use, verified, and put in its place by one reference; requests under way
-finish on the bundle they started with.
+What it finds is loaded beside the bundle in use, verified and tried, and put in its place by one reference; requests
+under way finish on the bundle they started with. The bundle before is kept: going back to it takes no load.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from encode.config import Places, RegistryConfig
-from encode.errors import EncodeError
+from encode.errors import ArtifactError, EncodeError, QualityError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
 from encode.registry import CHAMPION, Registry
-from encode.serving.bundle import Bundle, load_bundle
+from encode.serving.bundle import Bundle, Chain, load_bundle
 from encode.serving.local_snapshot import remove_snapshots
+from encode.serving.rollout import Role, Rollout, Watch
+from encode.serving.trial import Recorder, try_bundle
 from encode.storage import Storage, open_storage
 
 _LOG = logging.getLogger("uvicorn.error")
 
 
 class Follower:
-    """Keeps `bundle` equal to what the registry's alias and the space's pointer name."""
+    """Keeps `bundle` equal to what the champion's alias and the space's pointer name, unless that is refused."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class Follower:
         config: RegistryConfig,
         cache: Path,
         seconds: float,
+        rollout: Rollout | None = None,
         on_refused: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         """Prepare; `start` begins to follow.
@@ -41,14 +44,25 @@ class Follower:
             config: which registered model.
             cache: folder for fetched snapshots.
             seconds: between looks when nobody asks for one.
-            on_refused: told of each look that failed.
+            rollout: whom to hold, whether there is a challenger, and what is too slow.
+            on_refused: told of each look that failed, and of each bundle that was withdrawn.
         """
         self.bundle: Bundle | None = None
+        """The champion, which serves."""
+        self.previous: Bundle | None = None
+        """Served before it."""
+        self.challenger: Bundle | None = None
+        self.refused: dict[Chain, str] = {}
+        """What did not pass its trial or was withdrawn, and why: not loaded again until somebody asks."""
         self.error: str | None = None
+        """Why the newest look failed."""
+        self.recorder = Recorder()
         self._places, self._config, self._cache, self._seconds = places, config, cache, seconds
-        self._on_refused = on_refused
+        self._rollout, self._on_refused = rollout or Rollout(), on_refused
         self._registry: Registry | None = None
         self._storage: Storage | None = None
+        self._watches: dict[str, Watch] = {}
+        self._swap = threading.Lock()
         self._wake, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
@@ -56,12 +70,23 @@ class Follower:
         """Begin to follow."""
         self._thread.start()
 
-    def look_now(self) -> None:
-        """Look at once instead of at the next interval."""
+    def in_use(self) -> dict[Role, Bundle]:
+        """Return what answers requests, by its role."""
+        found: dict[Role, Bundle | None] = {"champion": self.bundle, "challenger": self.challenger}
+        return {role: bundle for role, bundle in found.items() if bundle is not None}
+
+    def look_now(self, again: bool = False) -> None:
+        """Look at once instead of at the next interval.
+
+        Args:
+            again: also at what was refused.
+        """
+        if again:
+            self.refused = {}
         self._wake.set()
 
     def stop(self) -> None:
-        """Stop following; the bundle stays."""
+        """Stop following; the bundles stay."""
         self._stopping = True
         self._wake.set()
 
@@ -80,23 +105,89 @@ class Follower:
             self._wake.wait(self._seconds)
 
     def look(self) -> None:
-        """Load what alias and pointer name now, if it is not what serves.
+        """Load what aliases and pointers name now, if it is not at hand.
 
         Raises:
-            EncodeError: there is no champion, or its bundle cannot be loaded; the bundle in use stays.
+            EncodeError: there is no champion, or a bundle cannot be loaded or is refused; what serves, stays.
         """
+        champion = self._bring(CHAMPION)
+        if champion is None:
+            raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
+        with self._swap:
+            if champion is not self.bundle:
+                before = self._watches.get(self.bundle.id) if self.bundle else None
+                self._watches[champion.id] = Watch(before)
+                self.previous, self.bundle = self.bundle, champion
+                _LOG.info("serving bundle %s", champion.describe())
+        if self._rollout.challenger:
+            self._look_for_challenger(self._rollout.challenger)
+        self._forget()
+
+    def note(self, bundle: Bundle, seconds: float | None) -> None:
+        """Note a request that a bundle answered, or could not; withdraw the bundle if it does badly.
+
+        Args:
+            bundle: that was asked.
+            seconds: it took to score, None if it failed.
+        """
+        watch = self._watches.get(bundle.id)
+        if watch and (why := watch.note(seconds)):
+            self._withdraw(bundle, why)
+
+    def _withdraw(self, bundle: Bundle, why: str) -> None:
+        """Go back to the bundle before, or do without the challenger. The first bundle of a process has none before."""
+        with self._swap:
+            if bundle is self.challenger:
+                self.challenger = None
+            elif bundle is self.bundle and self.previous is not None:
+                self.bundle, self.previous = self.previous, None
+            else:
+                return
+            self.refused[bundle.chain] = why
+        self.error = f"bundle {bundle.id} of model version {bundle.model_version} was withdrawn: {why}"
+        self._on_refused(QualityError(self.error))
+        _LOG.error("%s", self.error)
+
+    def _look_for_challenger(self, alias: str) -> None:
+        found = self._bring(alias)
+        with self._swap:
+            challenger = None if found is self.bundle else found
+            if challenger is not None and challenger is not self.challenger:
+                self._watches[challenger.id] = Watch()
+                _LOG.info("challenger is bundle %s", challenger.describe())
+            self.challenger = challenger
+
+    def _bring(self, alias: str) -> Bundle | None:
+        """Return the bundle that an alias leads to, at hand or loaded and tried; None where nothing has the alias."""
         self._storage = self._storage or open_storage(self._places, writing=False)
         self._registry = self._registry or Registry(self._places, self._config)
-        version = self._registry.by_alias(CHAMPION)
+        version = self._registry.by_alias(alias)
         if version is None:
-            raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
-        held = self.bundle
-        if held is not None and held.model_version == version.number:
-            pointer = read_pointer(self._storage, folder_of(version.space))
-            if pointer is not None and pointer[0] == held.pointer:
-                return
+            return None
+        pointer = read_pointer(self._storage, folder_of(version.space))
+        if pointer is not None:
+            chain = version.number, pointer[0]
+            if (held := next((one for one in self._held() if one.chain == chain), None)) is not None:
+                return held
+            if why := self.refused.get(chain):
+                raise ArtifactError(
+                    f"model version {version.number} with snapshot {pointer[0].snapshot} stays refused: {why}; "
+                    "POST /v1/release/reload tries it again"
+                )
         files = self._registry.files(version)
-        self.bundle = load_bundle(self._storage, files, version.number, self._cache)
-        _LOG.info("serving bundle %s", self.bundle.describe())
-        kept = [one.snapshot.prefixes for one in (held, self.bundle) if one]
-        remove_snapshots(self._cache, set().union(*kept))
+        bundle = load_bundle(self._storage, files, version.number, self._cache, self._rollout.shard)
+        try:
+            try_bundle(bundle, self.recorder.latest(), self._rollout.max_model_ms, self.bundle)
+        except ArtifactError as error:
+            self.refused[bundle.chain] = str(error)
+            raise
+        return bundle
+
+    def _held(self) -> list[Bundle]:
+        return [one for one in (self.bundle, self.previous, self.challenger) if one is not None]
+
+    def _forget(self) -> None:
+        """Let go of what no bundle at hand needs."""
+        held = self._held()
+        self._watches = {one.id: self._watches.setdefault(one.id, Watch()) for one in held}
+        remove_snapshots(self._cache, set().union(*(one.snapshot.prefixes for one in held)))

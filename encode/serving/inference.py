@@ -191,7 +191,7 @@ def inference_routes(scorer: Scorer, model_name: str) -> APIRouter:
         """Return a probability for each item."""
         check(name)
         wanted = asked.asked()
-        bundle = scorer.bundle(request)
+        bundle = scorer.bundle(request, wanted.user_id)
         scored = scorer.score(request, bundle, wanted)
         return written(_answer(name, asked.id, bundle, scorer.fallbacks(bundle, scored), scored.probabilities))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +16,70 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from encode.errors import ArtifactError
+from encode.errors import ArtifactError, ConfigError
 from encode.interests.snapshots import snapshot_file
 from encode.outputs import Manifest, Part, read_part
 from encode.schema import bucket_of, digest
 from encode.storage import Storage
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of the users that one replica holds: every `count`-th bucket of a snapshot, from `place` on."""
+
+    place: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `PLACE/COUNT`, as in 0/4.
+
+        Raises:
+            ConfigError: it is not of this form, or the place is not below the count.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ConfigError(f"shard: found {text!r}, expected PLACE/COUNT with places from 0 on, as 0/4")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.place}/{self.count}"
+
+
+ALL_USERS = Shard()
+
+
 class LocalSnapshot:
     """Interests by user id, read from mapped Arrow IPC files."""
 
-    def __init__(self, cache: Path, prefix: str, manifest: Manifest) -> None:
+    def __init__(self, cache: Path, prefix: str, manifest: Manifest, shard: Shard = ALL_USERS) -> None:
         """Map the files of the snapshot at `prefix` that `fetch_snapshot` has put into `cache`.
 
         Raises:
             ArtifactError: a file is not what it should be, or the snapshot is laid out as by an earlier version.
         """
-        if "num_buckets" not in manifest.config:
-            raise ArtifactError(f"{prefix}: made by version {manifest.version} in another layout; refresh the space")
         self.num_users = int(manifest.counts["users"])
+        """Of all shards."""
         self.prefixes = {part.at or prefix for part in manifest.parts}
         """The snapshots whose files this one consists of."""
-        self._num_buckets = int(manifest.config["num_buckets"])
+        self.shard = shard
+        self._num_buckets = num_buckets_of(manifest, prefix)
         # Files of a bucket are listed oldest first; what the newest says of a user holds.
         self._buckets: dict[str, list[_MappedPart]] = {}
-        for part in reversed(manifest.parts):
+        for part in reversed(parts_of(manifest, prefix, shard)):
             self._buckets.setdefault(part.name, []).append(_MappedPart(cache / part.key(prefix)))
 
+    def shard_of(self, user_id: int) -> Shard:
+        """Return the shard that holds a user, one of as many as there are."""
+        return Shard(self._bucket(user_id) % self.shard.count, self.shard.count)
+
     def find(self, user_id: int) -> dict[str, Any] | None:
-        """Return the user's row as Arrow scalars by column name, or None for a user without a row."""
-        bucket = int(bucket_of(np.array([user_id]), self._num_buckets)[0])
-        found = (part.find(user_id) for part in self._buckets[snapshot_file(bucket)])
+        """Return the user's row as Arrow scalars by column name, or None for a user without a row in this shard."""
+        found = (part.find(user_id) for part in self._buckets.get(snapshot_file(self._bucket(user_id)), ()))
         return next((row for row in found if row is not None), None)
+
+    def _bucket(self, user_id: int) -> int:
+        return int(bucket_of(np.array([user_id]), self._num_buckets)[0])
 
     def busiest_user(self) -> int:
         """Return the user with the most behaviors, the smallest id among equals: somebody worth looking at.
@@ -53,10 +87,10 @@ class LocalSnapshot:
         Raises:
             ArtifactError: the snapshot holds nobody.
         """
-        if not self.num_users:
+        parts = [part for parts in self._buckets.values() for part in parts if len(part.user_ids)]
+        if not parts:
             raise ArtifactError("snapshot without users; refresh the space")
-        parts = [part for parts in self._buckets.values() for part in parts]
-        return min((part.busiest() for part in parts if len(part.user_ids)), key=lambda one: (-one[0], one[1]))[1]
+        return min((part.busiest() for part in parts), key=lambda one: (-one[0], one[1]))[1]
 
     def user_ids(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the ids of all users, a bucket at a time, ascending within it."""
@@ -101,13 +135,39 @@ def remove_snapshots(cache: Path, kept: set[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def fetch_snapshot(storage: Storage, prefix: str, manifest: Manifest, cache: Path) -> LocalSnapshot:
-    """Bring a snapshot to local disk, verify every file against the manifest, and map it.
+def num_buckets_of(manifest: Manifest, prefix: str) -> int:
+    """Return how many buckets the users of a snapshot are in.
+
+    Raises:
+        ArtifactError: it is laid out as by an earlier version.
+    """
+    if "num_buckets" not in manifest.config:
+        raise ArtifactError(f"{prefix}: made by version {manifest.version} in another layout; refresh the space")
+    return int(manifest.config["num_buckets"])
+
+
+def parts_of(manifest: Manifest, prefix: str, shard: Shard) -> list[Part]:
+    """Return the files of a snapshot that hold the users of a shard, oldest first.
+
+    Raises:
+        ArtifactError: there are more shards than buckets, so that some would hold nobody.
+    """
+    num_buckets = num_buckets_of(manifest, prefix)
+    if shard.count > num_buckets:
+        raise ArtifactError(f"{prefix}: {num_buckets} buckets cannot make {shard.count} shards; refresh with more")
+    held = {snapshot_file(bucket) for bucket in range(shard.place, num_buckets, shard.count)}
+    return [part for part in manifest.parts if part.name in held]
+
+
+def fetch_snapshot(
+    storage: Storage, prefix: str, manifest: Manifest, cache: Path, shard: Shard = ALL_USERS
+) -> LocalSnapshot:
+    """Bring a snapshot, or a shard of it, to local disk, verify every file against the manifest, and map it.
 
     Files already there are verified, not fetched. A damaged one is fetched again.
 
     Raises:
-        ArtifactError: a file in the store is missing or damaged.
+        ArtifactError: a file in the store is missing or damaged, or there are more shards than buckets.
     """
 
     def bring(part: Part) -> None:
@@ -122,5 +182,5 @@ def fetch_snapshot(storage: Storage, prefix: str, manifest: Manifest, cache: Pat
         Path(aside).replace(path)
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(bring, manifest.parts))
-    return LocalSnapshot(cache, prefix, manifest)
+        list(pool.map(bring, parts_of(manifest, prefix, shard)))
+    return LocalSnapshot(cache, prefix, manifest, shard)

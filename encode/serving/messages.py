@@ -93,6 +93,7 @@ class Interest(BaseModel):
     size: int = Field(description="behaviors")
     newest: int = Field(description="time of the newest behavior, UTC seconds")
     top_items: list[TopItem]
+    categories: list[int] = Field(description="of the top items that the space knows, in their order")
     attention: float = Field(0, description="of the item that was asked about; absent without one")
 
 
@@ -114,10 +115,21 @@ class Ready(BaseModel):
     bundle: BundleInfo
 
 
+class Refusal(BaseModel):
+    """A model version with a snapshot that is not to serve."""
+
+    model_version: str
+    snapshot: str
+    why: str
+
+
 class Release(BaseModel):
     """What serves, and why the newest look at the registry failed, if it did."""
 
-    bundle: BundleInfo | None
+    bundle: BundleInfo | None = Field(description="the champion's")
+    previous: BundleInfo | None = Field(description="served before it, and is kept")
+    challenger: BundleInfo | None = Field(description="serves beside it")
+    refused: list[Refusal] = Field(description="too slow, not a number, or withdrawn; a reload tries again")
     error: str | None
 
 

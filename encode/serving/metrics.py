@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -11,9 +11,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from encode.serving.bundle import Bundle, Scored
+from encode.serving.rollout import Role
 
 SECONDS = tuple(milliseconds / 1000 for milliseconds in (1, 2, 3, 5, 8, 10, 15, 20, 30, 50, 100))
+DIFFERENCES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 CANDIDATES = (1, 3, 10, 30, 100, 200, 300, 500, 1_000, 2_000, 5_000)
+_TOLD = ("id", "model_version", "space", "snapshot")
 
 
 class Metrics:
@@ -23,12 +26,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._latency = self._histogram("request_seconds", "From headers to the end of the answer.", SECONDS, "route")
-        self._model = self._histogram("model_seconds", "Scoring alone: reading the user, the model.", SECONDS)
+        self._model = self._histogram("model_seconds", "Scoring alone: reading the user, the model.", SECONDS, "role")
         self._candidates = self._histogram("candidates", "Candidates scored for a user.", CANDIDATES)
         self._requests = self._counter("requests", "Requests answered; 499: the client went away.", "route", "status")
         self._fallbacks = self._counter("fallbacks", "What had to be assumed; unknown_item counts items.", "kind")
         self._shed = self._counter("shed_requests", "Requests told to come back: too many were at work.")
-        self._refused = self._counter("loads_refused", "Looks for a release that failed, by kind of error.", "kind")
+        self._refused = self._counter("loads_refused", "Releases not taken or withdrawn, by kind of error.", "kind")
+        self._shadowed = self._counter("shadow_requests", "Requests for the challenger to score, too.", "outcome")
+        self._apart = self._histogram(
+            "shadow_difference", "Mean difference of a request's probabilities from the champion's.", DIFFERENCES
+        )
         for kind in ("unknown_user", "unknown_item", "stale_snapshot"):
             self._fallbacks.labels(kind)
 
@@ -37,9 +44,9 @@ class Metrics:
         self._latency.labels(route).observe(seconds)
         self._requests.labels(route, str(status)).inc()
 
-    def scored(self, seconds: float, scored: Scored, stale: bool) -> None:
+    def scored(self, role: Role, seconds: float, scored: Scored, stale: bool) -> None:
         """Count what was scored for one user."""
-        self._model.observe(seconds)
+        self._model.labels(role).observe(seconds)
         self._candidates.observe(len(scored.probabilities))
         kinds = {
             "unknown_user": int(scored.unknown_user),
@@ -55,8 +62,14 @@ class Metrics:
         self._shed.inc()
 
     def load_refused(self, error: Exception) -> None:
-        """Count a look for a release that failed."""
+        """Count a look for a release that failed, or a bundle that was withdrawn."""
         self._refused.labels(type(error).__name__).inc()
+
+    def shadowed(self, outcome: str, apart: float | None = None) -> None:
+        """Count a request of the shadow: scored, with its mean difference, failed or dropped."""
+        self._shadowed.labels(outcome).inc()
+        if apart is not None:
+            self._apart.observe(apart)
 
     def render(self, accept: str | None) -> tuple[bytes, str]:
         """Return the exposition in a format that the scraper accepts, and its content type."""
@@ -75,24 +88,24 @@ class State(Collector):
 
     def __init__(
         self,
-        bundle: Callable[[], Bundle | None],
+        in_use: Callable[[], Mapping[Role, Bundle]],
         ready: Callable[[], bool],
         at_work: Callable[[], int],
         now: Callable[[], datetime],
     ) -> None:
-        self._bundle, self._ready, self._at_work, self._now = bundle, ready, at_work, now
+        self._in_use, self._ready, self._at_work, self._now = in_use, ready, at_work, now
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("encode_ready", "1 if requests should be sent here.", float(self._ready()))
         yield GaugeMetricFamily("encode_requests_at_work", "Requests at work or waiting now.", float(self._at_work()))
-        bundle = self._bundle()
-        if bundle is None:
-            return
-        as_of = datetime.combine(bundle.pointer.as_of, time(), UTC)
-        age = GaugeMetricFamily("encode_snapshot_age_seconds", "Since the day before which the snapshot ends.")
-        age.add_metric([], (self._now() - as_of).total_seconds())
+        age = GaugeMetricFamily(
+            "encode_snapshot_age_seconds", "Since the day before which the snapshot ends.", labels=["role"]
+        )
+        info = GaugeMetricFamily("encode_bundle_info", "What serves.", labels=["role", *_TOLD])
+        for role, bundle in self._in_use().items():
+            as_of = datetime.combine(bundle.pointer.as_of, time(), UTC)
+            age.add_metric([role], (self._now() - as_of).total_seconds())
+            told = bundle.describe()
+            info.add_metric([role, *(told[name] for name in _TOLD)], 1)
         yield age
-        told = {name: value for name, value in bundle.describe().items() if name != "as_of"}
-        info = GaugeMetricFamily("encode_bundle_info", "What serves.", labels=list(told))
-        info.add_metric(list(told.values()), 1)
         yield info

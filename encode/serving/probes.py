@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 
 from encode.serving.keys import DOCUMENTED
 from encode.serving.messages import BundleInfo, Ready, Status
+from encode.serving.page import PATHS
 from encode.serving.problems import Problem
 from encode.serving.scoring import Scorer
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
+OPEN_PATHS = PATHS | {"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"}
 """Asked without a key."""
 SPARED_PATHS = OPEN_PATHS | {"/metrics"}
 """Never counted, never told to come back."""

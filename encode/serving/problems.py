@@ -39,6 +39,7 @@ _REASONS = {
     401: "no key, or none that is known",
     408: "the body did not arrive in time",
     413: "the body is larger than allowed",
+    421: "the user is of a shard that this process does not hold",
     422: "the request is not what is expected; says where and why",
     500: "a fault of this program; its trace is in the log",
     503: "not ready, too many requests at work, or not answered in time; `Retry-After` says when to try again",

@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
+from encode.serving.bundle import Bundle
 from encode.serving.messages import (
     BundleInfo,
     Id,
     InterestsResponse,
+    Refusal,
     Release,
     ScoreRequest,
     ScoreResponse,
@@ -31,20 +33,28 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
 
     @routes.get("/release")
     def release() -> Release:
-        """Return the bundle in use and why the newest look at the registry failed, if it did."""
-        bundle = follower.bundle
-        return Release(bundle=BundleInfo(**bundle.describe()) if bundle else None, error=follower.error)
+        """Return the bundles at hand, what is refused, and why the newest look at the registry failed, if it did."""
+        return Release(
+            bundle=_info(follower.bundle),
+            previous=_info(follower.previous),
+            challenger=_info(follower.challenger),
+            refused=[
+                Refusal(model_version=version, snapshot=pointer.snapshot, why=why)
+                for (version, pointer), why in follower.refused.items()
+            ],
+            error=follower.error,
+        )
 
     @routes.post("/release/reload", status_code=202)
     def reload() -> Status:
-        """Look at the registry and the pointer now."""
-        follower.look_now()
+        """Look at the registry and the pointers now, and again at what was refused."""
+        follower.look_now(again=True)
         return Status(status="looking")
 
     @routes.post("/score", response_model=ScoreResponse, openapi_extra=score_also)
     def score(request: Request, asked: ScoreRequest) -> Response:
         """Return a probability for each candidate, in order, the bundle it came from, and what was assumed."""
-        bundle = scorer.bundle(request)
+        bundle = scorer.bundle(request, asked.user_id)
         scored = scorer.score(request, bundle, asked)
         answer = ScoreResponse(
             user_id=asked.user_id,
@@ -71,7 +81,7 @@ def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
 
         `attention_to_itself` is to the user's own past with that very item.
         """
-        bundle = scorer.bundle(request)
+        bundle = scorer.bundle(request, user_id)
         found = bundle.interests(user_id)
         if found is None:
             raise HTTPException(404, f"user {user_id}: no interests in snapshot {bundle.pointer.snapshot}")
@@ -82,3 +92,7 @@ def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
                 interest["attention"] = weight
             answer |= {"item_id": item_id, "attention_to_itself": itself, "unknown_item": not bundle.knows(item_id)}
         return answer
+
+
+def _info(bundle: Bundle | None) -> BundleInfo | None:
+    return BundleInfo(**bundle.describe()) if bundle else None

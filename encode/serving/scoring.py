@@ -8,31 +8,51 @@ from datetime import datetime
 from typing import Any
 
 from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 
 from encode.serving.bundle import Behavior, Bundle, Scored
 from encode.serving.follower import Follower
 from encode.serving.messages import Fallbacks, ScoreRequest
 from encode.serving.metrics import Metrics
+from encode.serving.rollout import ROLE_HEADER, Rollout
+from encode.serving.shadow import Shadow
+from encode.serving.trial import Asked
+
+_RETRY = {"Retry-After": "2"}
 
 
 class Scorer:
     """Answers with whatever bundle the follower holds."""
 
     def __init__(
-        self, follower: Follower, metrics: Metrics, max_age_days: int | None, now: Callable[[], datetime]
+        self,
+        follower: Follower,
+        rollout: Rollout,
+        metrics: Metrics,
+        max_age_days: int | None,
+        now: Callable[[], datetime],
     ) -> None:
         self.follower, self.metrics = follower, metrics
+        self.shadow = Shadow(follower, rollout.shadow_share, metrics)
+        self._rollout = rollout
         self.draining = False
         """The process was told to end: requests are answered, but should be sent elsewhere."""
         self._max_age_days, self._now = max_age_days, now
 
-    def bundle(self, request: Request) -> Bundle:
-        """Return what serves, and note it for the log of the request.
+    def bundle(self, request: Request, user_id: int | None = None) -> Bundle:
+        """Return what is to answer, and note it for the log of the request.
+
+        Args:
+            request: may ask for the champion or the challenger by a header.
+            user_id: decides otherwise; None leaves it to the champion.
 
         Raises:
-            HTTPException: 503, nothing does yet.
+            HTTPException: 503, it is not loaded; 421, the user is of a shard that this process does not hold.
+            RequestValidationError: the header asks for something else.
         """
-        bundle = self._bundle()
+        bundle = self._chosen(request.headers.get(ROLE_HEADER), user_id)
+        if user_id is not None:
+            _check_shard(bundle, user_id)
         _told(request)["bundle"] = bundle.id
         return bundle
 
@@ -43,7 +63,7 @@ class Scorer:
             HTTPException: 503, nothing serves yet, or the process was told to end.
         """
         if self.draining:
-            raise HTTPException(503, "not ready: draining", {"Retry-After": "2"})
+            raise HTTPException(503, "not ready: draining", _RETRY)
         return self._bundle()
 
     def is_ready(self) -> bool:
@@ -57,9 +77,21 @@ class Scorer:
     def score(self, request: Request, bundle: Bundle, asked: ScoreRequest) -> Scored:
         """Score the candidates for one user; the log of the request is told how many."""
         recent = [Behavior(one.item_id, one.category_id, one.timestamp) for one in asked.recent]
+        wanted = Asked(asked.user_id, asked.item_ids, asked.category_ids, recent)
+        _check_shard(bundle, asked.user_id)
         began = time.perf_counter()
-        scored = bundle.score(asked.user_id, asked.item_ids, asked.category_ids, recent)
-        self.metrics.scored(time.perf_counter() - began, scored, self.stale(bundle))
+        try:
+            scored = bundle.score(wanted.user_id, wanted.item_ids, wanted.category_ids, wanted.recent)
+        except Exception:
+            self.follower.note(bundle, None)
+            raise
+        seconds = time.perf_counter() - began
+        self.follower.note(bundle, seconds)
+        self.follower.recorder.record(wanted)
+        champion = bundle is not self.follower.challenger
+        if champion:
+            self.shadow.offer(wanted, scored)
+        self.metrics.scored("champion" if champion else "challenger", seconds, scored, self.stale(bundle))
         told = _told(request)
         told["candidates"] = told.get("candidates", 0) + len(asked.item_ids)
         return scored
@@ -70,11 +102,32 @@ class Scorer:
             unknown_user=scored.unknown_user, unknown_items=scored.unknown_items, stale_snapshot=self.stale(bundle)
         )
 
+    def _chosen(self, role: str | None, user_id: int | None) -> Bundle:
+        if role not in (None, "champion", "challenger"):
+            problem = {"type": "value_error", "loc": ("header", ROLE_HEADER), "msg": "expected champion or challenger"}
+            raise RequestValidationError([problem])
+        challenger = self.follower.challenger
+        if role == "challenger" and challenger is None:
+            raise HTTPException(503, f"not ready: no challenger; {self.follower.error or 'none is followed'}", _RETRY)
+        wanted = role or ("champion" if user_id is None else self._rollout.role_of(user_id))
+        return challenger if wanted == "challenger" and challenger is not None else self._bundle()
+
     def _bundle(self) -> Bundle:
         bundle = self.follower.bundle
         if bundle is None:
-            raise HTTPException(503, f"not ready: {self.follower.error or 'loading'}", {"Retry-After": "2"})
+            raise HTTPException(503, f"not ready: {self.follower.error or 'loading'}", _RETRY)
         return bundle
+
+
+def _check_shard(bundle: Bundle, user_id: int) -> None:
+    """Refuse a user whom another replica holds: as an unknown one, the user would get wrong probabilities.
+
+    Raises:
+        HTTPException: 421; it names the shard.
+    """
+    snapshot = bundle.snapshot
+    if (wanted := snapshot.shard_of(user_id)) != snapshot.shard:
+        raise HTTPException(421, f"user {user_id}: of shard {wanted}, this process holds {snapshot.shard}")
 
 
 def _told(request: Request) -> dict[str, Any]:

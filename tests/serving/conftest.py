@@ -14,10 +14,14 @@ import warnings
 
 import httpx
 import pytest
+from made import FILES, SPACE, Client, OneVersion, refresh, wait
 
-from encode.config import Places, load_config
+from encode.config import Places, RegistryConfig, load_config
+from encode.interests.snapshots import write_space
 from encode.serving.app import create_app
+from encode.serving.bundle import load_bundle
 from encode.stack.ports import free_port
+from encode.storage import open_storage
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "ENCODE_", "MLFLOW_"))}
 
@@ -152,3 +156,41 @@ def start_serving(workdir, tmp_path):
     yield start
     for serving in started:
         serving.end()
+
+
+# --- a release made by hand ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_places(tmp_path):
+    return Places(store=str(tmp_path / "store"), tracking_uri="not used")
+
+
+@pytest.fixture
+def storage(own_places):
+    storage = open_storage(own_places)
+    write_space(storage, SPACE, {})
+    refresh(storage)
+    return storage
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    one = OneVersion()
+    monkeypatch.setattr("encode.serving.follower.Registry", lambda _places, _config: one)
+    return one
+
+
+@pytest.fixture
+def client(storage, own_places, registry, tmp_path):
+    """The application with the first version served; it looks again only when asked."""
+    registry.release("1", FILES, SPACE)
+    app = create_app(own_places, RegistryConfig(), tmp_path / "cache", seconds=3600)
+    with Client(app) as client:
+        wait(client, lambda state: state["bundle"])
+        yield client
+
+
+@pytest.fixture
+def bundle(storage, tmp_path):
+    return load_bundle(storage, FILES, "1", tmp_path / "cache")

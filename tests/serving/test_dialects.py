@@ -309,7 +309,7 @@ def test_openapi_describes_every_route_and_its_errors(client):
     score = described["paths"]["/v1/score"]["post"]
     for content in (score["requestBody"]["content"], score["responses"]["200"]["content"]):
         assert set(content) == {"application/json", ARROW["Content-Type"]}
-    expected = {"200", "400", "401", "408", "413", "422", "500", "503"}
+    expected = {"200", "400", "401", "408", "413", "421", "422", "500", "503"}
     for path, of_model in {"/v1/score": set(), "/invocations": set(), "/v2/models/{name}/infer": {"404"}}.items():
         assert set(described["paths"][path]["post"]["responses"]) == expected | of_model
     for path, actions in described["paths"].items():

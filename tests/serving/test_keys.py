@@ -106,7 +106,7 @@ def test_probes_are_open_and_all_else_is_not(make_client):
     closed = {path for path, actions in paths.items() if any("401" in one["responses"] for one in actions.values())}
     assert {"/metrics", "/v1/score", "/invocations", "/v2/models/{name}/infer"} <= closed
     for path in (*closed, "/docs", "/openapi.json", "/nowhere", "/health/", "//health"):
-        assert client.get(path).status_code == 401, path
+        assert client.get(f"http://serving{path}").status_code == 401, path
 
 
 def test_without_keys_everybody_is_answered(make_client):

@@ -38,7 +38,7 @@ def test_requests_are_counted_and_timed_by_route_and_status(client):
     assert found["encode_requests_total", ("route", "unrouted"), ("status", "404")] == 1
     assert found["encode_request_seconds_count", score] == 3
     assert [dict(labels)["le"] for name, *labels in found if name == "encode_model_seconds_bucket"] == BUCKETS
-    assert 0 < found["encode_model_seconds_sum",] < found["encode_request_seconds_sum", score]
+    assert 0 < found["encode_model_seconds_sum", ("role", "champion")] < found["encode_request_seconds_sum", score]
     assert (found["encode_candidates_count",], found["encode_candidates_sum",]) == (2, 42)
     assert found["encode_candidates_bucket", ("le", "3.0")] == 1
 
@@ -56,8 +56,8 @@ def test_fallbacks_are_counted_by_kind(client, make_client):
 def test_the_bundle_and_its_age_are_shown(client, released):
     found = scrape(client)
     told = {key: value for key, value in released.describe().items() if key != "as_of"}
-    assert found["encode_bundle_info", *sorted(told.items())] == 1
-    assert found["encode_snapshot_age_seconds",] == 3.5 * 86_400
+    assert found["encode_bundle_info", *sorted(told.items() | {("role", "champion")})] == 1
+    assert found["encode_snapshot_age_seconds", ("role", "champion")] == 3.5 * 86_400
     assert found["encode_ready",] == 1
     assert found["encode_requests_at_work",] == 0
     assert found["process_resident_memory_bytes",] > 1e6

@@ -1,0 +1,158 @@
+"""A small release made by hand: a space, a model, snapshots of drawn histories; and a registry that a test moves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import date
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import torch
+
+from encode.config import ClusteringConfig, ModelConfig
+from encode.data.histories import history_batch, to_histories
+from encode.data.vocabulary import Vocabulary
+from encode.interests.extract import extract, state_of
+from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file
+from encode.model.ctr import Encode, Reader, Tables
+from encode.model.files import ModelCard, model_digest, model_files
+from encode.model.space import SpaceConfig, space_of
+from encode.outputs import write_output
+from encode.pointers import publish
+from encode.registry import Version
+from encode.schema import BEHAVIORS, SECONDS_PER_DAY, day_start
+
+MODEL = ModelConfig(
+    embedding_dim=8, category_dim=2, projected_dim=4, recent_length=6, hidden_dims=(16,), num_remembered=20
+)
+"""Users have more items than are remembered."""
+ITEMS = np.arange(10, 50)
+VOCABULARY = Vocabulary(np.array([1, 2, 3]), ITEMS, 1 + ITEMS % 3)
+SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=4), MODEL.pooling, MODEL.recent_length, MODEL.num_remembered)
+START, AS_OF, END = date(2024, 3, 1), date(2024, 3, 11), date(2024, 3, 12)
+UNKNOWN_USER = 999
+
+
+def make_model(seed):
+    """A space and a model with weights large enough that a history shows, and the model's files."""
+    torch.manual_seed(seed)
+    tables = Tables(MODEL, torch.from_numpy(VOCABULARY.category_index), VOCABULARY.num_categories)
+    reader = Reader(MODEL, Encode(MODEL)).eval()
+    with torch.no_grad():
+        tables.item.weight[1:] *= 20
+        tables.category.weight[1:] *= 20
+    space = space_of(tables, reader, VOCABULARY, SETTINGS)
+    card = ModelCard(model=MODEL, space=space.id, as_of=AS_OF, first_day=START, test_days=1, metrics={})
+    targets = torch.arange(1, 9)[None]
+    return space, reader, model_files(card, reader, space.items, [state_of(None, space)], targets, {})
+
+
+def draw_histories():
+    """12 users over 11 days; the last has behaviors on the last day only. Some items are outside the vocabulary."""
+    rng = np.random.default_rng(0)
+    users = rng.integers(1, 13, 900)
+    items = rng.integers(1, 60, 900)
+    times = day_start(START) + np.sort(rng.choice(11 * SECONDS_PER_DAY, 900, replace=False))
+    kept = (users != 12) | (times >= day_start(AS_OF))
+    columns = [
+        users[kept],
+        items[kept],
+        1 + items[kept] % 4,
+        pa.array(["pv"] * kept.sum()).dictionary_encode(),
+        times[kept],
+    ]
+    return to_histories(
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, BEHAVIORS, strict=True)], schema=BEHAVIORS)
+    )
+
+
+SPACE, READER, FILES = make_model(0)
+HISTORIES = draw_histories()
+
+
+def refresh(storage, as_of=AS_OF, space=SPACE):
+    """Publish a snapshot of the histories before a day, as one file made in one go."""
+    known = HISTORIES.before(day_start(as_of))
+    rows = pa.Table.from_batches([extract(history_batch(known, np.arange(len(known))), space)])
+    snapshot = f"{as_of:%Y%m%d}-made"
+    manifest = write_output(
+        storage,
+        f"{folder_of(space.id)}/{snapshot}",
+        {snapshot_file(0): snapshot_bytes(rows.schema, rows.to_batches())},
+        kind="interests",
+        fingerprint=str(as_of),
+        config={"num_buckets": 1},
+        inputs={},
+        counts={"users": len(rows)},
+        details={"as_of": str(as_of), "space": space.id},
+    )
+    return publish(storage, folder_of(space.id), snapshot, manifest)
+
+
+class OneVersion:
+    """Stands for MLflow: an alias that the test moves."""
+
+    def __init__(self):
+        self.number, self.challenger, self.held = None, None, {}
+
+    def release(self, number, files, space):
+        self.held[number] = files, space
+        self.number = number
+
+    def by_alias(self, alias):
+        number = self.challenger if alias == "challenger" else self.number
+        if number is None:
+            return None
+        files, space = self.held[number]
+        return Version(number, space.id, model_digest(files), {})
+
+    def files(self, version):
+        return self.held[version.number][0]
+
+
+class Client:
+    """Asks an application without a socket; as a context it starts and stops it, too."""
+
+    def __init__(self, app):
+        self.app = app
+
+    def __enter__(self):
+        self._loop = asyncio.new_event_loop()
+        self._running = self.app.router.lifespan_context(self.app)
+        self._loop.run_until_complete(self._running.__aenter__())
+        return self
+
+    def __exit__(self, *_error):
+        self._loop.run_until_complete(self._running.__aexit__(None, None, None))
+        self._loop.close()
+
+    def request(self, method, path, **options):
+        async def ask():
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://serving") as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(ask())
+
+    def get(self, path, **options):
+        return self.request("GET", path, **options)
+
+    def post(self, path, **options):
+        return self.request("POST", path, **options)
+
+
+def wait(client, reached):
+    for _ in range(500):
+        state = client.get("/v1/release").json()
+        if reached(state):
+            return state
+        time.sleep(0.01)
+    raise AssertionError(f"still {state} after 5 s")
+
+
+def score(client, user_id=1, item_ids=(10, 11, 12), **more):
+    answer = client.post("/v1/score", json={"user_id": user_id, "item_ids": list(item_ids), **more})
+    assert answer.status_code == 200, answer.text
+    return answer.json()

@@ -1,0 +1,380 @@
+"""Releases while serving: what is refused, what is kept, what is withdrawn, and who answers whom."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from made import END, FILES, SPACE, Client, make_model, refresh, score, wait
+
+from encode.config import RegistryConfig
+from encode.errors import ArtifactError, ConfigError
+from encode.interests.snapshots import write_space
+from encode.serving.app import create_app
+from encode.serving.bundle import Bundle, load_bundle
+from encode.serving.local_snapshot import Shard
+from encode.serving.rollout import Rollout, Watch
+from encode.serving.trial import Asked, Recorder, try_bundle
+from encode.serving.webhook import signature
+
+SECRET = "known to both"
+
+
+@pytest.fixture
+def second(storage):
+    """Space and files of another model, with a snapshot."""
+    space, _, files = make_model(1)
+    write_space(storage, space, {})
+    refresh(storage, space=space)
+    return files, space
+
+
+@pytest.fixture
+def serve(own_places, storage, registry, tmp_path):
+    """A function that makes the application with some rollout; the first version is released."""
+    registry.release("1", FILES, SPACE)
+
+    def make(**options):
+        webhook_secret = options.pop("webhook_secret", "")
+        app = create_app(
+            own_places,
+            RegistryConfig(),
+            tmp_path / "cache",
+            seconds=3600,
+            rollout=Rollout(**options),
+            webhook_secret=webhook_secret,
+        )
+        return Client(app)
+
+    return make
+
+
+def answers_badly(monkeypatch, number):
+    """Let bundles of a version fail once they serve: in their trial they do not."""
+    plain = Bundle.score
+    serving = threading.Event()
+
+    def failing(bundle, *arguments):
+        if serving.is_set() and bundle.model_version == number:
+            raise FloatingPointError("made to fail")
+        return plain(bundle, *arguments)
+
+    monkeypatch.setattr(Bundle, "score", failing)
+    return serving
+
+
+# --- the trial ---------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_whose_scores_are_not_numbers_is_refused_until_asked_again(client, registry, second, monkeypatch):
+    files, space = second
+    plain = Bundle.score
+
+    def sick(bundle, *arguments):
+        if bundle.model_version == "2":
+            with torch.no_grad():
+                bundle.engine._bias.fill_(torch.nan)
+        return plain(bundle, *arguments)
+
+    monkeypatch.setattr(Bundle, "score", sick)
+    before = score(client)
+    registry.release("2", files, space)
+    client.post("/v1/release/reload")
+    state = wait(client, lambda state: state["error"])
+    assert "a probability is not a number" in state["error"]
+    assert [(one["model_version"], one["why"]) for one in state["refused"]] == [("2", state["error"])]
+    assert score(client) == before
+    with pytest.raises(ArtifactError, match=r"model version 2 with snapshot .* stays refused: .*not a number"):
+        client.app.state.follower.look()
+    monkeypatch.undo()
+    monkeypatch.setattr("encode.serving.follower.Registry", lambda *_: registry)
+    client.post("/v1/release/reload")
+    state = wait(client, lambda state: state["bundle"]["model_version"] == "2")
+    assert state["refused"] == []
+
+
+def test_a_slow_bundle_is_refused(bundle, monkeypatch):
+    try_bundle(bundle, [], max_ms=1_000)
+    with pytest.raises(ArtifactError, match=r"1,000 candidates take .* ms, expected at most 0\.0001"):
+        try_bundle(bundle, [], max_ms=0.0001)
+    other, plain = replace(bundle, id="slower"), Bundle.score
+
+    def slow(one, *arguments):
+        if one.id == "slower":
+            time.sleep(0.03)
+        return plain(one, *arguments)
+
+    monkeypatch.setattr(Bundle, "score", slow)
+    with pytest.raises(ArtifactError, match=rf"bundle slower: 1,000 candidates take .* ms, bundle {bundle.id} .* ms"):
+        try_bundle(other, [], max_ms=1_000, beside=bundle)
+
+
+def test_a_trial_asks_what_was_asked_lately(bundle, monkeypatch):
+    recorder, asked = Recorder(2), []
+    for user in (1, 2, 3):
+        recorder.record(Asked(user, [10, 11]))
+    plain = Bundle.score
+    monkeypatch.setattr(Bundle, "score", lambda one, *given: asked.append(given) or plain(one, *given))
+    try_bundle(bundle, recorder.latest(), max_ms=1_000)
+    assert [(user, items) for user, items, *_ in asked[:2]] == [(2, [10, 11]), (3, [10, 11])]
+    assert len({user for user, *_ in asked}) > 2
+
+
+def test_requests_are_recorded(client):
+    score(client, user_id=5, item_ids=[12, 13])
+    (asked,) = client.app.state.follower.recorder.latest()
+    assert (asked.user_id, asked.item_ids) == (5, [12, 13])
+
+
+# --- the bundle before -------------------------------------------------------------------------------------
+
+
+def test_going_back_takes_no_load(client, registry, second, monkeypatch):
+    before, (files, space) = score(client), second
+    registry.release("2", files, space)
+    client.app.state.follower.look()
+    state = client.get("/v1/release").json()
+    assert (state["bundle"]["model_version"], state["previous"]["model_version"]) == ("2", "1")
+
+    def forbidden(*_arguments):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr("encode.serving.follower.load_bundle", forbidden)
+    registry.number = "1"
+    client.app.state.follower.look()
+    assert score(client) == before
+    assert client.get("/v1/release").json()["previous"]["model_version"] == "2"
+
+
+def test_a_bundle_that_fails_while_serving_is_withdrawn(client, registry, second, monkeypatch):
+    before, (files, space) = score(client), second
+    serving = answers_badly(monkeypatch, "2")
+    registry.release("2", files, space)
+    client.app.state.follower.look()
+    serving.set()
+    failed = [client.post("/v1/score", json={"user_id": 1, "item_ids": [10]}).status_code for _ in range(3)]
+    assert failed == [500] * 3
+    assert score(client) == before
+    state = client.get("/v1/release").json()
+    assert "of model version 2 was withdrawn: 3 of its 3 requests got no probabilities" in state["error"]
+    assert state["previous"] is None
+    with pytest.raises(ArtifactError, match="stays refused: 3 of its 3"):
+        client.app.state.follower.look()
+    assert score(client) == before
+    registry.number = "1"
+    client.app.state.follower.look()
+
+
+def test_the_first_bundle_is_never_withdrawn(client, monkeypatch):
+    serving = answers_badly(monkeypatch, "1")
+    serving.set()
+    for _ in range(5):
+        assert client.post("/v1/score", json={"user_id": 1, "item_ids": [10]}).status_code == 500
+    serving.clear()
+    assert score(client)["bundle"]["model_version"] == "1"
+
+
+def test_a_watch_minds_failures_and_slowness():
+    good = Watch()
+    assert not any(good.note(0.004) for _ in range(400))
+    assert not any([good.note(None), good.note(None), good.note(None)])  # 3 of 403 are fewer than 1 of 100
+    assert good.note(None) is None
+    assert "5 of its 405" in good.note(None)
+
+    slower = Watch(good)
+    noted = [slower.note(0.011) for _ in range(1_000)]
+    assert not any(noted)
+    slow = Watch(good)
+    noted = [slow.note(0.013) for _ in range(200)]
+    assert [bool(why) for why in noted] == [False] * 199 + [True]
+    assert noted[-1] == "its requests take 13.0 ms, those of the bundle before took 4.0 ms"
+    assert not any(Watch().note(9.0) for _ in range(400))
+    quick = Watch(good)
+    assert not any(quick.note(0.003) for _ in range(1_000))
+    assert not any(quick.note(0.1) for _ in range(400)), "after its first 1,000 requests it is not compared"
+
+
+# --- champion and challenger -------------------------------------------------------------------------------
+
+
+def test_a_challenger_answers_its_share_of_the_users_and_who_asks_for_it(serve, registry, second):
+    files, space = second
+    registry.release("2", files, space)
+    registry.number, registry.challenger = "1", "2"
+    with serve(challenger="challenger", challenger_share=0.5) as client:
+        wait(client, lambda state: state["challenger"])
+        served = {user: score(client, user_id=user)["bundle"]["model_version"] for user in range(1, 41)}
+        assert 10 < list(served.values()).count("2") < 30
+        assert served == {user: score(client, user_id=user)["bundle"]["model_version"] for user in range(1, 41)}
+        for role, number in (("champion", "1"), ("challenger", "2")):
+            for path in ("/v1/users/1/interests", "/v1/users/2/interests"):
+                answer = client.get(path, headers={"X-Encode-Role": role})
+                assert answer.json()["bundle"]["model_version"] == number
+        refused = client.get("/v1/users/1/interests", headers={"X-Encode-Role": "loser"})
+        assert refused.status_code == 422
+        assert refused.json()["detail"][0]["loc"] == ["header", "X-Encode-Role"]
+        metrics = client.get("/metrics").text
+        assert 'encode_bundle_info{id="' in metrics
+        assert 'role="challenger"' in metrics
+        registry.challenger = None
+        client.app.state.follower.look()
+        assert all(score(client, user_id=user)["bundle"]["model_version"] == "1" for user in served)
+        answer = client.get("/v1/users/1/interests", headers={"X-Encode-Role": "challenger"})
+        assert answer.status_code == 503
+        assert "no challenger" in answer.json()["detail"]
+
+
+def test_a_challenger_that_is_the_champion_is_none(serve, registry):
+    registry.challenger = "1"
+    with serve(challenger="challenger", challenger_share=1.0) as client:
+        wait(client, lambda state: state["bundle"])
+        assert client.get("/v1/release").json()["challenger"] is None
+
+
+def test_a_failing_challenger_is_withdrawn_and_the_champion_answers(serve, registry, second, monkeypatch):
+    registry.release("2", *second)
+    registry.number, registry.challenger = "1", "2"
+    with serve(challenger="challenger", challenger_share=1.0) as client:
+        wait(client, lambda state: state["challenger"])
+        answers_badly(monkeypatch, "2").set()
+        failed = [client.post("/v1/score", json={"user_id": 1, "item_ids": [10]}).status_code for _ in range(4)]
+        assert failed == [500, 500, 500, 200]
+        state = client.get("/v1/release").json()
+        assert state["challenger"] is None
+        assert state["bundle"]["model_version"] == "1"
+
+
+def test_the_challenger_scores_in_the_shadow(serve, registry, second):
+    registry.release("2", *second)
+    registry.number, registry.challenger = "1", "2"
+    with serve(challenger="challenger", shadow_share=1.0) as client:
+        wait(client, lambda state: state["challenger"])
+        ours = score(client)["probabilities"]
+        answer = client.post(
+            "/v1/score", json={"user_id": 1, "item_ids": [10, 11, 12]}, headers={"X-Encode-Role": "challenger"}
+        )
+        theirs = answer.json()["probabilities"]
+
+        def shadowed():
+            lines = client.get("/metrics").text.splitlines()
+            return dict(line.rsplit(" ", 1) for line in lines if line.startswith("encode_shadow"))
+
+        for _ in range(200):
+            found = shadowed()
+            if 'encode_shadow_requests_total{outcome="scored"}' in found:
+                break
+            time.sleep(0.01)
+        assert float(found['encode_shadow_requests_total{outcome="scored"}']) == 1
+        apart = float(np.abs(np.subtract(ours, theirs)).mean())
+        assert float(found["encode_shadow_difference_sum"]) == pytest.approx(apart, abs=1e-6)
+
+
+# --- shards ------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_all_users_once_and_send_others_away(workdir, places, released, tmp_path):
+    from encode.config import load_config
+    from encode.registry import CHAMPION, Registry
+    from encode.storage import open_storage
+
+    registry = Registry(places, load_config("tiny").registry)
+    version = registry.by_alias(CHAMPION)
+    files, storage = registry.files(version), open_storage(places)
+    everybody = np.sort(np.concatenate(list(released.snapshot.user_ids())))
+    shards = [load_bundle(storage, files, version.number, tmp_path / str(one), Shard(one, 3)) for one in range(3)]
+    held = [np.concatenate(list(one.snapshot.user_ids())) for one in shards]
+    assert min(len(users) for users in held) > 0
+    assert np.array_equal(np.sort(np.concatenate(held)), everybody)
+    for users, one in zip(held, shards, strict=True):
+        user = int(users[0])
+        assert one.snapshot.shard_of(user) == one.snapshot.shard
+        items = released.space.vocabulary.item_ids[:5].tolist()
+        assert one.score(user, items) == released.score(user, items)
+    size = [sum(file.stat().st_size for file in (tmp_path / str(one)).rglob("*.arrow")) for one in range(3)]
+    assert max(size) < 0.6 * sum(size)
+
+
+def test_a_user_of_another_shard_is_sent_away(make_client, released):
+    client = make_client(bundle=replace(released, snapshot=_Sharded(released.snapshot)))
+    for path, body in (
+        ("/v1/score", {"user_id": 1, "item_ids": [1]}),
+        ("/invocations", {"dataframe_records": [{"user_id": 1, "item_id": 1}]}),
+    ):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 421
+        assert answer.json()["detail"] == "user 1: of shard 1/2, this process holds 0/2"
+    assert client.get("/v1/users/1/interests").status_code == 421
+
+
+class _Sharded:
+    """A snapshot of which this process holds the half that user 1 is not in."""
+
+    shard = Shard(0, 2)
+
+    def __init__(self, whole):
+        self._whole = whole
+
+    def shard_of(self, user_id):
+        return Shard(user_id % 2, 2)
+
+
+def test_more_shards_than_buckets_are_refused(storage, tmp_path):
+    with pytest.raises(ArtifactError, match="1 buckets cannot make 2 shards"):
+        load_bundle(storage, FILES, "1", tmp_path / "cache", Shard(0, 2))
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/1", "-1/2", "a/b", "0/0", "0/2/3"])
+def test_what_is_no_shard_is_refused(text):
+    with pytest.raises(ConfigError, match="expected PLACE/COUNT"):
+        Shard.parse(text)
+    assert str(Shard.parse("0/4")) == "0/4"
+
+
+# --- the webhook -------------------------------------------------------------------------------------------
+
+
+def deliver(client, secret=SECRET, body=b'{"entity": "model_version_alias"}', at=None, signed=None):
+    at = str(int(time.time())) if at is None else at
+    headers = {
+        "Content-Type": "application/json",
+        "X-MLflow-Delivery-Id": "a delivery",
+        "X-MLflow-Timestamp": at,
+        "X-MLflow-Signature": signature(secret, "a delivery", at, body) if signed is None else signed,
+    }
+    return client.post("/v1/release/webhook", content=body, headers=headers)
+
+
+def test_a_signed_delivery_makes_it_look(serve, registry, storage):
+    with serve(webhook_secret=SECRET) as client:
+        wait(client, lambda state: state["bundle"])
+        refresh(storage, END)
+        assert deliver(client).status_code == 202
+        wait(client, lambda state: state["bundle"]["as_of"] == "2024-03-12")
+
+
+def test_what_is_not_signed_or_old_is_refused(serve):
+    client = serve(webhook_secret=SECRET)
+    old = str(int(time.time()) - 3600)
+    for answer in (
+        deliver(client, secret="another"),
+        deliver(client, signed=""),
+        deliver(client, signed="v1,ÿ".encode()),
+        deliver(client, at=old),
+        deliver(client, at="soon"),
+    ):
+        assert answer.status_code == 403, answer.text
+    answer = deliver(serve())
+    assert answer.status_code == 403
+    assert "ENCODE_WEBHOOK_SECRET is not set" in answer.json()["detail"]
+
+
+def test_mlflow_signs_as_we_check():
+    from mlflow.webhooks.delivery import _generate_hmac_signature
+
+    body = '{"entity": "model_version_alias", "data": {"name": "encode-ctr"}}'
+    expected = _generate_hmac_signature(SECRET, "an id", "1700000000", body)
+    assert signature(SECRET, "an id", "1700000000", body.encode()) == expected
