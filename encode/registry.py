@@ -19,7 +19,7 @@ from encode.config import Config, Places, RegistryConfig
 from encode.errors import ArtifactError, ConfigError
 from encode.model.files import MODEL_FILES, ModelCard, model_digest, read_report
 from encode.outputs import git_commit
-from encode.schema import fingerprint
+from encode.schema import digest, fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ class Registry:
         events = [WebhookEvent("model_version_alias", action) for action in ("created", "deleted")]
         try:
             known = next((one for one in self._client.list_webhooks() if one.url == url), None)
-            told: dict[str, Any] = {"name": f"encode serving at {url}", "events": events, "secret": secret}
+            told: dict[str, Any] = {"name": f"encode-{digest(url.encode())[:12]}", "events": events, "secret": secret}
             if known is None:
                 return str(self._client.create_webhook(url=url, **told).webhook_id)
             return str(self._client.update_webhook(known.webhook_id, **told).webhook_id)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,14 @@ def object_store(start_server: Callable[[Callable[[Path], Component]], Component
 
 @pytest.fixture(scope="session")
 def mlflow_server(start_server: Callable[[Callable[[Path], Component]], Component], object_store: Store) -> str:
-    """The address of a real MLflow server that keeps artifacts in `object_store`."""
-    return start_server(lambda home: mlflow_component(home / "mlflow", _free_ports("mlflow"), object_store)).url
+    """The address of a real MLflow server that keeps artifacts in `object_store`, and may call this machine."""
+    to_here = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+
+    def make(home: Path) -> Component:
+        made = mlflow_component(home / "mlflow", _free_ports("mlflow"), object_store)
+        return replace(made, settings={**made.settings, **to_here})
+
+    return start_server(make).url
 
 
 @pytest.fixture

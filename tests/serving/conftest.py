@@ -106,13 +106,15 @@ def make_client(make_app):
 class Serving:
     """A serving process."""
 
-    def __init__(self, workdir, folder, *options):
+    def __init__(self, workdir, folder, *options, **settings):
         self.port = free_port(())
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "encode.cli", "serve", "--preset", "tiny", "--workdir", str(workdir)]
         command += ["--cache", str(folder / "cache"), "--port", str(self.port), *options]
         self._log = (folder / f"{self.port}.log").open("w+")
-        self.process = subprocess.Popen(command, env=ENVIRONMENT, stderr=self._log, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT | settings, stderr=self._log, stdout=subprocess.DEVNULL
+        )
 
     def wait_until_ready(self):
         for _ in range(600):
@@ -144,11 +146,11 @@ class Serving:
 
 @pytest.fixture
 def start_serving(workdir, tmp_path):
-    """A function that starts `encode serve` with options and waits until it is ready."""
+    """A function that starts `encode serve` with options and settings, and waits until it is ready."""
     started = []
 
-    def start(*options):
-        serving = Serving(workdir, tmp_path, *options)
+    def start(*options, workdir=workdir, **settings):
+        serving = Serving(workdir, tmp_path, *options, **settings)
         started.append(serving)
         serving.wait_until_ready()
         return serving

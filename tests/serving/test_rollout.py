@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import threading
 import time
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from made import END, FILES, SPACE, Client, make_model, refresh, score, wait
 
-from encode.config import RegistryConfig
+from encode.config import Places, RegistryConfig, load_config
 from encode.errors import ArtifactError, ConfigError
 from encode.interests.snapshots import write_space
+from encode.registry import CHAMPION, Registry
 from encode.serving.app import create_app
 from encode.serving.bundle import Bundle, load_bundle
 from encode.serving.local_snapshot import Shard
 from encode.serving.rollout import Rollout, Watch
 from encode.serving.trial import Asked, Recorder, try_bundle
 from encode.serving.webhook import signature
+from encode.storage import open_storage
 
 SECRET = "known to both"
 
@@ -277,10 +282,6 @@ def test_the_challenger_scores_in_the_shadow(serve, registry, second):
 
 
 def test_shards_hold_all_users_once_and_send_others_away(workdir, places, released, tmp_path):
-    from encode.config import load_config
-    from encode.registry import CHAMPION, Registry
-    from encode.storage import open_storage
-
     registry = Registry(places, load_config("tiny").registry)
     version = registry.by_alias(CHAMPION)
     files, storage = registry.files(version), open_storage(places)
@@ -378,3 +379,67 @@ def test_mlflow_signs_as_we_check():
     body = '{"entity": "model_version_alias", "data": {"name": "encode-ctr"}}'
     expected = _generate_hmac_signature(SECRET, "an id", "1700000000", body)
     assert signature(SECRET, "an id", "1700000000", body.encode()) == expected
+
+
+def test_mlflow_tells_a_serving_process_that_an_alias_moved(mlflow_server, start_serving, tmp_path):
+    serving = start_serving("--poll", "3600", ENCODE_WEBHOOK_SECRET=SECRET)
+    registry = Registry(Places(store=str(tmp_path), tracking_uri=mlflow_server), RegistryConfig())
+    address = f"{serving.url}/v1/release/webhook"
+    first = registry.notify(address, "an old secret")
+    assert registry.notify(address, SECRET) == first
+    client = registry._client
+    client.create_registered_model("told")
+    version = client.create_model_version("told", source="s3://nowhere/told", run_id=None)
+    client.set_registered_model_alias("told", "champion", version.version)
+    for _ in range(100):
+        told = [one for one in serving.requests() if one["route"] == "/v1/release/webhook"]
+        if told:
+            break
+        time.sleep(0.1)
+    assert [one["status"] for one in told] == [202]
+
+
+def test_an_address_that_mlflow_does_not_call_is_refused(mlflow_server, tmp_path):
+    registry = Registry(Places(store=str(tmp_path), tracking_uri=mlflow_server), RegistryConfig())
+    with pytest.raises(ConfigError, match=r"no webhook for ftp://here: .*Invalid webhook URL scheme"):
+        registry.notify("ftp://here", SECRET)
+
+
+# --- when things go wrong around it ------------------------------------------------------------------------
+
+
+def test_it_serves_on_without_store_and_registry_and_says_so(workdir, tmp_path, start_serving):
+    """And a process that starts without them says what is missing, and serves once they are there."""
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    shutil.copytree(workdir, there)
+    serving = start_serving("--poll", "0.2", workdir=there)
+    body = {"user_id": 1, "item_ids": [1, 2, 3]}
+    before = httpx.post(f"{serving.url}/v1/score", json=body).json()
+    there.rename(gone)
+
+    def state():
+        return httpx.get(f"{serving.url}/v1/release").json()
+
+    for _ in range(100):
+        if state()["error"]:
+            break
+        time.sleep(0.1)
+    assert state()["error"]
+    assert httpx.get(f"{serving.url}/ready").status_code == 200
+    assert httpx.post(f"{serving.url}/v1/score", json=body).json() == before
+    shutil.rmtree(there, ignore_errors=True)  # what it made itself when it looked for the registry
+    gone.rename(there)
+    for _ in range(100):
+        if state()["error"] is None:
+            break
+        time.sleep(0.1)
+    assert state()["error"] is None
+
+
+def test_killed_in_the_middle_it_serves_the_same_when_started_again(start_serving):
+    first = start_serving()
+    body = {"user_id": 1, "item_ids": [1, 2, 3]}
+    before = httpx.post(f"{first.url}/v1/score", json=body).json()
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    again = start_serving()
+    assert httpx.post(f"{again.url}/v1/score", json=body).json() == before
