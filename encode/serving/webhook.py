@@ -21,8 +21,9 @@ from encode.serving.problems import Problem
 PATH = "/v1/release/webhook"
 SECRET = "ENCODE_WEBHOOK_SECRET"
 """Environment variable of the secret."""
-_UNSIGNED: dict[int | str, dict[str, Any]] = {
-    403: {"model": Problem, "description": "not signed with the secret, or not lately"}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    403: {"model": Problem, "description": "not signed with the secret, or not lately"},
+    422: {"model": Problem, "description": "not a delivery"},
 }
 _TOLERANCE_SECONDS = 300
 """Between the clocks of the two sides; MLflow repeats a failed delivery within seconds."""
@@ -32,7 +33,7 @@ def webhook_routes(follower: Follower, secret: str) -> APIRouter:
     """Make the route; without a secret it refuses everything."""
     routes = APIRouter(tags=["encode"])
 
-    @routes.post(PATH, status_code=202, responses=_UNSIGNED)
+    @routes.post(PATH, status_code=202, responses=_REFUSALS)
     def told(
         body: Annotated[bytes, Depends(_body)],
         x_mlflow_delivery_id: Annotated[str, Header()] = "",
