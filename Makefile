@@ -64,7 +64,7 @@ bench-refresh: $(VENV)/installed-bench ## refresh of 10 to 100 M behaviors, agai
 bench-train: $(VENV)/installed-fuxictr ## impressions trained a second, against DIN and SIM of FuxiCTR (4 minutes)
 	@$(BIN)/python -m benchmarks.train
 
-bench-serve: $(STAMP) ## milliseconds from a stored user to 1,000 probabilities, against full attention (2 minutes)
+bench-serve: $(STAMP) ## latency of 1,000 candidates, in the process and over HTTP, against MLflow, SIM, ETA, SDIM (4 minutes)
 	@$(BIN)/python -m benchmarks.serve
 
 bench-quality: $(STAMP) ## every model of long-term interest on three tasks, five seeds (hours; goes on where it was)

@@ -1,0 +1,149 @@
+"""`encode serve`, but the champion's bundle scores by a model that reads whole histories.
+
+    python -m benchmarks.whole_history MODEL --workdir FOLDER --histories FOLDER --cache FOLDER --port N
+
+HTTP, parsing, candidates, recent behaviors and MLP are those of the real server; only the long-term model differs. What
+it keeps of a user is what it can: SDIM its buckets, computed beforehand; the others the history, mapped from disk as
+vocabulary indices, whose embeddings are gathered within the request.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from encode.config import Places, RegistryConfig
+from encode.interests.extract import state_of
+from encode.model.ctr import Reader, Recent, User
+from encode.model.long_term import History, LongTerm, Read, Sizes, Target
+from encode.model.relevance import attend
+from encode.quality.rivals import eta, sim
+from encode.quality.rivals.attention import FullAttention, Whole
+from encode.quality.rivals.eta import Eta
+from encode.quality.rivals.sdim import Sdim
+from encode.quality.rivals.sim import SimHard, SimSoft
+from encode.schema import PADDING
+from encode.serving.app import create_app
+from encode.serving.bundle import Behavior, Bundle, Scored
+from encode.serving.server import serve
+
+
+class LeanAttention(FullAttention):
+    """Full target attention that does not count how often the target is in the history."""
+
+    def read(self, state: Whole, target: Target) -> Read:
+        """Return the attention's vector and its affinity."""
+        none = torch.zeros_like(state.mask, dtype=target.key.dtype)
+        found = attend(target.key, state.key, state.embedding, none, state.mask, state.scale)
+        return Read(found.value[:, :, None], found.affinity[..., None])
+
+
+def any_top(score: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `top_behaviors` does, but any of equals and in any order: to sort out ties takes most of its time."""
+    best, places = score.masked_fill_(~mask[:, None], float("-inf")).topk(min(k, score.shape[2]), sorted=False)
+    return places, best > float("-inf")
+
+
+MODELS: dict[str, type[LongTerm]] = {
+    "full_attention": LeanAttention,
+    "sim_hard": SimHard,
+    "sim_soft": SimSoft,
+    "eta": Eta,
+    "sdim": Sdim,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeHistories(Bundle):
+    """A bundle with another model, weights as drawn, and histories."""
+
+    rival: Reader
+    histories: Mapping[int, np.ndarray]
+    """Vocabulary indices by user."""
+    kept: Mapping[int, User]
+    """What does not depend on the target, where the model keeps that."""
+
+    @torch.inference_mode()
+    def score(
+        self,
+        user_id: int,
+        item_ids: Sequence[int],
+        category_ids: Sequence[int] | None = None,
+        recent: Sequence[Behavior] = (),
+    ) -> Scored:
+        """Return the probability of each candidate; only users with a history here can be asked for."""
+        items, index = self.space.items, self._index(item_ids, category_ids)
+        target = torch.from_numpy(index)[None]
+        latest = state_of(self.snapshot.find(user_id), self.space).recent[None]
+        recently = Recent(
+            items.embedding[latest], items.key[latest], latest != PADDING, torch.zeros(len(index), dtype=torch.int64)
+        )
+        user = self.kept.get(user_id) or summarised(self.rival, self, user_id)
+        logit = self.rival(
+            user, recently, Target(items.embedding[target], items.key[target], target, items.category[target])
+        )
+        known = self.space.vocabulary.is_item(index)
+        return Scored(
+            logit.sigmoid().tolist(), False, [item for item, one in zip(item_ids, known, strict=True) if not one]
+        )
+
+
+def summarised(reader: Reader, bundle: WholeHistories, user_id: int) -> User:
+    """Return what the model makes of a user's history: gathered, then read."""
+    items, index = bundle.space.items, torch.from_numpy(np.array(bundle.histories[user_id]))[None]
+    nothing = torch.zeros_like(index)
+    age = torch.arange(index.shape[1], 0, -1, dtype=torch.float32)[None] / 24
+    history = History(
+        items.embedding[index],
+        items.key[index],
+        index != PADDING,
+        index,
+        items.category[index],
+        nothing,
+        age,
+        nothing,
+        torch.tensor(bundle.space.scale),
+    )
+    return reader.summarise(history)
+
+
+def with_model(bundle: Bundle, name: str, folder: Path) -> WholeHistories:
+    """Return the bundle with another model and the histories of `folder`, a file a user."""
+    vocabulary, model = bundle.space.vocabulary, bundle.card.model
+    sizes = Sizes(len(vocabulary), vocabulary.num_categories, 1, model.embedding_dim, model.projected_dim)
+    torch.manual_seed(0)
+    reader = Reader(model, MODELS[name](sizes)).eval()
+    histories = {int(path.stem): np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    kept: dict[int, User] = {}
+    parts = {field.name: getattr(bundle, field.name) for field in fields(Bundle)}
+    made = WholeHistories(**parts, rival=reader, histories=histories, kept=kept)
+    if reader.long_term.target_free:
+        with torch.inference_mode():
+            kept |= {user: summarised(reader, made, user) for user in histories}
+    return made
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=MODELS)
+    for name in ("--workdir", "--histories", "--cache"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    app = create_app(Places.in_folder(options.workdir), RegistryConfig(), options.cache, seconds=3600)
+    follower = app.state.follower
+    follower.look()  # what it finds later is the same release: then it leaves the bundle as it is
+    follower.bundle = with_model(follower.bundle, options.model, options.histories)
+    with patch.object(sim, "top_behaviors", any_top), patch.object(eta, "top_behaviors", any_top):
+        serve(app, "127.0.0.1", options.port, 0, 1)
+
+
+if __name__ == "__main__":
+    main()
