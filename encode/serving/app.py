@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from anyio import to_thread
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
@@ -61,6 +62,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Two requests that score at once hand the GIL to and fro, each on memory of its own, and both are late.
+        to_thread.current_default_thread_limiter().total_tokens = 1
         follower.start()
         scorer.shadow.start()
         yield

@@ -1,6 +1,7 @@
 """`/v1/score` in Arrow: a stream of one record batch in, one of probabilities out.
 
 in   schema metadata  user_id           decimal digits
+                      recent            behaviors since the snapshot, if any, in JSON as in the other dialect
      columns          item_id int64, and category_id int64 if it is given; no nulls, not compressed
 out  schema metadata  user_id, bundle and fallbacks, the last two in JSON as in the other dialect
      column           probability float32, in the order of the candidates
@@ -16,6 +17,7 @@ import pyarrow as pa
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -79,12 +81,19 @@ def read_request(body: bytes) -> ScoreRequest:
     for name in batch.schema.names:
         if batch.column(name).null_count:
             raise invalid("holds nulls", name)
-    user = (batch.schema.metadata or {}).get(b"user_id", b"")
+    told = batch.schema.metadata or {}
+    user = told.get(b"user_id", b"")
     if not user.isdigit() or len(user) > 19:
         raise invalid("expected decimal digits in the metadata of the schema", "user_id")
+    try:
+        recent = from_json(told.get(b"recent", b"[]"))
+    except ValueError as error:
+        raise invalid(f"expected JSON in the metadata of the schema: {error}", "recent") from None
     columns = batch.to_pydict()
     try:
-        return ScoreRequest(user_id=int(user), item_ids=columns["item_id"], category_ids=columns.get("category_id"))
+        return ScoreRequest(
+            user_id=int(user), item_ids=columns["item_id"], category_ids=columns.get("category_id"), recent=recent
+        )
     except ValidationError as error:
         raise invalid_body(error) from None
 

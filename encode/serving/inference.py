@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from encode import __version__
 from encode.serving.bundle import Bundle
-from encode.serving.messages import Body, Fallbacks, ScoreRequest, written
+from encode.serving.messages import Body, Fallbacks, Many, ScoreRequest, written
 from encode.serving.problems import InferenceProblem, documented, invalid, invalid_body
 from encode.serving.scoring import Scorer
 
@@ -71,9 +71,9 @@ class Tensor(Body):
     """An input."""
 
     name: Literal["user_id", "item_id", "category_id"]
-    shape: list[int] = Field(min_length=1, max_length=1)
+    shape: Many[int] = Field(min_length=1, max_length=1)
     datatype: Literal["INT64"]
-    data: list[StrictInt]
+    data: Many[StrictInt]
     parameters: dict[str, Any] | None = None
 
 
@@ -89,8 +89,8 @@ class InferenceRequest(Body):
 
     id: str | None = None
     parameters: dict[str, Any] | None = None
-    inputs: list[Tensor]
-    outputs: list[WantedOutput] | None = None
+    inputs: Many[Tensor]
+    outputs: Many[WantedOutput] | None = None
 
     def asked(self) -> ScoreRequest:
         """Return what is asked.

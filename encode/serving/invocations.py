@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from encode.serving.messages import MAX_CANDIDATES, Body, BundleInfo, ScoreRequest, StrictId, written
+from encode.serving.messages import MAX_CANDIDATES, Body, BundleInfo, Many, ScoreRequest, StrictId, written
 from encode.serving.problems import invalid, invalid_body
 from encode.serving.scoring import Scorer
 
@@ -26,15 +26,15 @@ class Row(BaseModel):
 class Columns(BaseModel):
     """The same as columns."""
 
-    user_id: list[StrictId]
-    item_id: list[StrictId]
+    user_id: Many[StrictId]
+    item_id: Many[StrictId]
 
 
 class Split(Body):
     """A frame as pandas writes it with `orient="split"`."""
 
-    columns: list[str]
-    data: list[list[Any]] = Field(max_length=MAX_CANDIDATES)
+    columns: Many[str]
+    data: Many[list[Any]] = Field(max_length=MAX_CANDIDATES)
     index: list[Any] | None = None
 
 
@@ -42,8 +42,8 @@ class Invocation(Body):
     """Rows in one of three forms."""
 
     dataframe_split: Split | None = None
-    dataframe_records: list[Row] | None = None
-    inputs: Columns | list[Row] | None = None
+    dataframe_records: Many[Row] | None = None
+    inputs: Columns | Many[Row] | None = None
     params: dict[str, Any] | None = Field(None, description="ignored: the model has none")
 
     @model_validator(mode="after")

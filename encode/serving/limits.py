@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -23,22 +23,26 @@ class Limits:
     receive_seconds: float = 5.0
     """From the end of the headers to the end of the body."""
     max_requests: int = 64
-    """At work or waiting; more are told to come back. With `max_body_bytes` this bounds the memory of all bodies."""
+    """With their body complete, at work or waiting; more are told to come back. What has arrived of other bodies may be as
+    many times `max_body_bytes` in all: this bounds the memory of bodies, and slow clients take nobody's place."""
     deadline_seconds: float = 5.0
     """From the end of the body to the end of the answer."""
 
 
 @dataclass
 class Work:
-    """How many requests have a place now."""
+    """What is held now."""
 
     count: int = 0
+    """Requests that have a place."""
+    arrived: int = 0
+    """Bytes of bodies that are not complete."""
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str]) -> None:
         super().__init__(detail)
-        self.status, self.detail = status, detail
+        self.status, self.detail, self.headers = status, detail, headers
 
 
 class Limited:
@@ -55,31 +59,29 @@ class Limited:
         if scope["type"] != "http" or scope["path"] in self._spared:
             await self._app(scope, receive, send)
             return
+        try:
+            self._check_place()
+            body = await self._body(Request(scope, receive))
+            self._check_place()
+        except _RefusedError as error:
+            await problem(scope, error.status, error.detail, error.headers)(scope, receive, send)
+            return
+        if body is not None:
+            self._work.count += 1
+            await self._answer(scope, body, receive, send)
+
+    def _check_place(self) -> None:
         if self._work.count >= self._limits.max_requests:
             self._on_shed()
             detail = f"{self._work.count} requests at work, which is the most; try again"
-            await problem(scope, 503, detail, {"Retry-After": "1"})(scope, receive, send)
-            return
-        self._work.count += 1
-        try:
-            body = await self._body(Request(scope, receive))
-        except _RefusedError as error:
-            self._work.count -= 1
-            await problem(scope, error.status, error.detail, {"Connection": "close"})(scope, receive, send)
-            return
-        except BaseException:
-            self._work.count -= 1
-            raise
-        if body is None:
-            self._work.count -= 1
-            return
-        await self._answer(scope, body, receive, send)
+            raise _RefusedError(503, detail, {"Retry-After": "1"})
 
     async def _body(self, request: Request) -> bytes | None:
         """Return the whole body, or None where the client has gone."""
         most, size, chunks = self._limits.max_body_bytes, 0, []
+        most_in_all = most * self._limits.max_requests
         declared = request.headers.get("content-length", "")
-        too_large = _RefusedError(413, f"body of more than {most:,} bytes, which is the most")
+        too_large = _RefusedError(413, f"body of more than {most:,} bytes, which is the most", {"Connection": "close"})
         if declared.isdecimal() and int(declared) > most:
             raise too_large
         try:
@@ -91,12 +93,19 @@ class Limited:
                         return None
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
+                    self._work.arrived += len(chunks[-1])
                     if size > most:
                         raise too_large
+                    if self._work.arrived > most_in_all:
+                        self._on_shed()
+                        detail = f"more than {most_in_all:,} bytes of bodies are arriving, which is the most; try again"
+                        raise _RefusedError(503, detail, {"Retry-After": "1", "Connection": "close"})
                     more = message.get("more_body", False)
         except TimeoutError:
             detail = f"{size:,} bytes in {self._limits.receive_seconds:g} s, but not the whole body"
-            raise _RefusedError(408, detail) from None
+            raise _RefusedError(408, detail, {"Connection": "close"}) from None
+        finally:
+            self._work.arrived -= size
         return b"".join(chunks)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:

@@ -73,7 +73,10 @@ class Metrics:
 
     def render(self, accept: str | None) -> tuple[bytes, str]:
         """Return the exposition in a format that the scraper accepts, and its content type."""
-        encode, content_type = choose_encoder(accept or "")
+        try:
+            encode, content_type = choose_encoder(accept or "")
+        except (TypeError, ValueError):  # it fails on a version that is not made of numbers
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:

@@ -34,6 +34,8 @@ class InferenceProblem(BaseModel):
     error: str
 
 
+_MOST_PLACES = 20
+"""That are told of one request: each unknown field is one."""
 _REASONS = {
     400: "the body is not text in UTF-8, where JSON is announced",
     401: "no key, or none that is known",
@@ -75,7 +77,7 @@ def handle_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def refuse(request: Request, error: RequestValidationError) -> Response:
         """Say where and why, but not what was found: FastAPI's own answer breaks on NaN and on halves of characters."""
-        places = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
+        places = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()[:_MOST_PLACES]]
         return problem(request.scope, 422, places)
 
     @app.exception_handler(HTTPException)

@@ -106,23 +106,52 @@ def test_a_client_that_leaves_gives_its_place_back(start_serving):
 # --- requests at work --------------------------------------------------------------------------------------
 
 
-def test_more_requests_than_places_are_told_to_come_back(start_serving):
-    serving = start_serving("--max-requests", "2", "--receive-timeout", "60")
-    with begin(serving) as one, begin(serving) as other, httpx.Client(base_url=serving.url) as client:
-        while "encode_requests_at_work 2.0" not in client.get("/metrics").text:
-            time.sleep(0.02)
-        for _ in range(3):
-            refused = client.post("/v1/score", json=GOOD)
-            assert refused.status_code == 503
-            assert refused.headers["Retry-After"] == "1"
-            assert refused.json() == {"detail": "2 requests at work, which is the most; try again"}
-        assert [client.get(path).status_code for path in PROBES] == [200] * len(PROBES)
-        assert "encode_shed_requests_total 3.0" in client.get("/metrics").text
-        for connection in (one, other):
-            connection.sendall(BODY[5:])
-            assert answer_of(connection)[0] == 200
-        assert client.post("/v1/score", json=GOOD).status_code == 200
-        assert "encode_requests_at_work 0.0" in client.get("/metrics").text
+def test_more_requests_than_places_are_told_to_come_back(make_app, monkeypatch):
+    go_on, plain = threading.Event(), Bundle.score
+
+    def slow(bundle, *arguments):
+        assert go_on.wait(30)
+        return plain(bundle, *arguments)
+
+    monkeypatch.setattr(Bundle, "score", slow)
+    app = make_app(limits=Limits(max_requests=2, deadline_seconds=60))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://serving") as client:
+            two = [asyncio.create_task(client.post("/v1/score", json=GOOD)) for _ in range(2)]
+            while app.state.work.count < 2:
+                await asyncio.sleep(0.01)
+            for _ in range(3):
+                refused = await client.post("/v1/score", json=GOOD)
+                assert refused.status_code == 503
+                assert refused.headers["Retry-After"] == "1"
+                assert refused.json() == {"detail": "2 requests at work, which is the most; try again"}
+            assert [(await client.get(path)).status_code for path in PROBES] == [200] * len(PROBES)
+            told = (await client.get("/metrics")).text
+            assert "encode_requests_at_work 2.0" in told
+            assert "encode_shed_requests_total 3.0" in told
+            go_on.set()
+            assert [(await one).status_code for one in two] == [200, 200]
+            assert (await client.post("/v1/score", json=GOOD)).status_code == 200
+            assert "encode_requests_at_work 0.0" in (await client.get("/metrics")).text
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
+def test_bodies_that_are_still_arriving_take_nobodys_place_but_no_more_memory_than_agreed(start_serving):
+    serving = start_serving("--max-requests", "2", "--max-body", "100", "--receive-timeout", "60")
+    slow = [begin(serving) for _ in range(30)]  # 150 of 200 bytes
+    for _ in range(3):
+        assert httpx.post(f"{serving.url}/v1/score", json=GOOD).status_code == 200
+    with begin(serving, sent=b" " * 60, declared=90) as one_too_many:
+        refused = {"detail": "more than 200 bytes of bodies are arriving, which is the most; try again"}
+        assert answer_of(one_too_many) == (503, refused)
+        assert one_too_many.recv(1) == b"", "the connection is closed"
+    for connection in slow:
+        connection.sendall(BODY[5:])
+        assert answer_of(connection)[0] == 200
+        connection.close()
+    assert "encode_shed_requests_total 1.0" in httpx.get(f"{serving.url}/metrics").text
 
 
 @pytest.mark.parametrize("status", [413, 422, 404, 200])
