@@ -67,6 +67,9 @@ bench-train: $(VENV)/installed-fuxictr ## impressions trained a second, against 
 bench-serve: $(STAMP) ## latency of 1,000 candidates, in the process and over HTTP, against MLflow, SIM, ETA, SDIM (4 minutes)
 	@$(BIN)/python -m benchmarks.serve
 
+bench-swaps: $(STAMP) ## 200 releases while requests are answered: how many fail, how many mix two bundles (4 minutes)
+	@$(BIN)/python -m benchmarks.swaps
+
 bench-quality: $(STAMP) ## every model of long-term interest on three tasks, five seeds (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.quality
 
