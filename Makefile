@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve down clean status
+.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve bench-swaps down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'

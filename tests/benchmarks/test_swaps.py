@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks.swaps import CLUSTERS, main
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow on SQLite warns of what SQLAlchemy deprecates
 def test_it_counts_answers_and_swaps(capsys):
     assert main(["--json", "--swaps", "2"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
