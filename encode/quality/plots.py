@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from encode.quality.models import COUNTED
+
 Row = dict[str, Any]
 _DEFAULT_CLUSTERS = 32
 COLORS = {
@@ -36,17 +38,20 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task and row["auc"] is not None]
         whole = [row for row in own if row["window"] is None]
-        made += _against_cost(task, [row for row in whole if ":" not in row["model"]], out)
+        made += _against_cost(task, [row for row in whole if ":" not in row["model"]], out, "cost")
+        counted = [row for row in whole if row["model"] in COUNTED]
+        if any(":" in row["model"] for row in counted):
+            made += _against_cost(f"{task}, all told the counts", counted, out, "cost-counted")
         made += _against_clusters(task, whole, out)
         made += _against_history(task, own, out)
     return made
 
 
-def _against_cost(task: str, rows: Sequence[Row], out: Path) -> list[Path]:
+def _against_cost(title: str, rows: Sequence[Row], out: Path, name: str) -> list[Path]:
     """AUC against milliseconds a request: up and to the left is better."""
     if len(rows) < 2:
         return []
-    figure, axes = _axes(task, "ms for 1,000 candidates, history of 1,000 behaviors (log)")
+    figure, axes = _axes(title, "ms for 1,000 candidates, history of 1,000 behaviors (log)")
     shown = _zoom(axes, [row for row in rows if row["family"] != "floor"], rows)
     for family in COLORS:
         own = [row for row in shown if row["family"] == family]
@@ -57,7 +62,7 @@ def _against_cost(task: str, rows: Sequence[Row], out: Path) -> list[Path]:
     _plain_ticks(axes)
     figure.legend(loc="outside lower center", ncols=len(COLORS), frameon=False, fontsize=8)
     _name_points(figure, axes, shown)
-    return [_save(figure, out, task, "cost")]
+    return [_save(figure, out, rows[0]["task"], name)]
 
 
 def _against_clusters(task: str, whole: Sequence[Row], out: Path) -> list[Path]:
@@ -114,6 +119,11 @@ def _lines(
     return [_save(figure, out, task, name)]
 
 
+def _base(row: Row) -> str:
+    """Return the name of a model without its switches."""
+    return str(row["model"]).partition(":")[0]
+
+
 def _num_clusters(row: Row) -> float | None:
     """Return K of a row that is ENCODE with nothing but another K, None of any other."""
     found = re.fullmatch(r"encode(:num_clusters=([0-9]+))?", row["model"])
@@ -150,7 +160,7 @@ def _zoom(axes: Any, focus: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     ys += [row["auc"] for row in near]
     room = max(0.08 * (max(ys) - min(ys)), 0.002) + max((row["auc_se"] or 0) for row in [*focus, *near])
     axes.set_ylim(min(ys) - room, max(ys) + room)
-    below = [f"{row['model']} {row['auc']:.3f}" for row in rows if row not in near]
+    below = [f"{_base(row)} {row['auc']:.3f}" for row in rows if row not in near]
     if below:
         axes.text(0.01, 0.01, f"below: {', '.join(below)}", transform=axes.transAxes, fontsize=8, color=COLORS["floor"])
     return near
@@ -183,7 +193,7 @@ def _name_points(figure: Any, axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         at = (row["cost_ms_per_1000"], row["auc"])
         name = axes.annotate(
-            row["model"], at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=COLORS[row["family"]]
+            _base(row), at, xytext=(0, 0), textcoords="offset points", fontsize=8, color=COLORS[row["family"]]
         )
         places = []
         for x, y, ha, va in _LABEL_PLACES:
