@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve bench-swaps down clean status
+.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve bench-swaps bench-hammer down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -69,6 +69,9 @@ bench-serve: $(STAMP) ## latency of 1,000 candidates, in the process and over HT
 
 bench-swaps: $(STAMP) ## 200 releases while requests are answered: how many fail, how many mix two bundles (4 minutes)
 	@$(BIN)/python -m benchmarks.swaps
+
+bench-hammer: $(VENV)/installed-bench ## 100,000 bad requests, slow clients, kill -9: what breaks serving (10 minutes)
+	@$(BIN)/python -m benchmarks.hammer
 
 bench-quality: $(STAMP) ## every model of long-term interest on three tasks, five seeds (hours; goes on where it was)
 	@$(BIN)/python -m benchmarks.quality

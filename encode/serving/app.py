@@ -73,6 +73,7 @@ def create_app(
     app = FastAPI(
         title="ENCODE serving",
         version=__version__,
+        redirect_slashes=False,  # to whatever host the request names
         lifespan=lifespan,
         docs_url=None,  # they load scripts from elsewhere; the page at / lists the routes instead
         redoc_url=None,

@@ -123,15 +123,16 @@ class Follower:
             self._look_for_challenger(self._rollout.challenger)
         self._forget()
 
-    def note(self, bundle: Bundle, seconds: float | None) -> None:
+    def note(self, bundle: Bundle, seconds: float | None, num_candidates: int) -> None:
         """Note a request that a bundle answered, or could not; withdraw the bundle if it does badly.
 
         Args:
             bundle: that was asked.
             seconds: it took to score, None if it failed.
+            num_candidates: that were scored.
         """
         watch = self._watches.get(bundle.id)
-        if watch and (why := watch.note(seconds)):
+        if watch and (why := watch.note(seconds, num_candidates)):
             self._withdraw(bundle, why)
 
     def _withdraw(self, bundle: Bundle, why: str) -> None:

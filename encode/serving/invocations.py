@@ -136,6 +136,9 @@ def _by_user(rows: list[Row]) -> dict[int, dict[int, int]]:
 
 
 def _split_rows(split: Split) -> list[Row]:
+    for name in Row.model_fields:
+        if split.columns.count(name) > 1:
+            raise invalid(f"two columns {name}", "dataframe_split", "columns")
     try:
         return [Row(**dict(zip(split.columns, row, strict=True))) for row in split.data]
     except ValidationError as error:

@@ -23,8 +23,8 @@ class Limits:
     receive_seconds: float = 5.0
     """From the end of the headers to the end of the body."""
     max_requests: int = 64
-    """With their body complete, at work or waiting; more are told to come back. What has arrived of other bodies may be as
-    many times `max_body_bytes` in all: this bounds the memory of bodies, and slow clients take nobody's place."""
+    """At work or waiting, with their body complete; more are told to come back. What has arrived of other bodies may be
+    as many times `max_body_bytes` in all: this bounds the memory of bodies, and slow clients take nobody's place."""
     deadline_seconds: float = 5.0
     """From the end of the body to the end of the answer."""
 

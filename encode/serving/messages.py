@@ -13,7 +13,7 @@ StrictId = Annotated[int, Field(gt=0, le=2**63 - 1, strict=True)]
 Category = Annotated[int, Field(ge=0, le=2**63 - 1)]
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
-"""A list that is read up to its first error: a body of 1 MiB has room for a million, seconds of work to tell them all."""
+"""A list that is read up to its first error: a body of 1 MiB has room for a million, and telling all takes seconds."""
 
 
 class Body(BaseModel):

@@ -37,7 +37,7 @@ class InferenceProblem(BaseModel):
 _MOST_PLACES = 20
 """That are told of one request: each unknown field is one."""
 _REASONS = {
-    400: "the body is not text in UTF-8, where JSON is announced",
+    400: "the body cannot be read: not UTF-8, nested too deeply, or a number of thousands of digits",
     401: "no key, or none that is known",
     408: "the body did not arrive in time",
     413: "the body is larger than allowed",
@@ -77,12 +77,21 @@ def handle_problems(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     def refuse(request: Request, error: RequestValidationError) -> Response:
         """Say where and why, but not what was found: FastAPI's own answer breaks on NaN and on halves of characters."""
+        _forget_frames(error)
         places = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()[:_MOST_PLACES]]
         return problem(request.scope, 422, places)
 
     @app.exception_handler(HTTPException)
     def tell(request: Request, error: HTTPException) -> Response:
+        _forget_frames(error)
         return problem(request.scope, error.status_code, error.detail, error.headers)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Free the body: frames of FastAPI hold it and the error, which holds the frames. Cycles are collected late."""
+    while error:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def _text(detail: str | Sequence[Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from encode.errors import ConfigError
 from encode.schema import bucket_of
 from encode.serving.local_snapshot import ALL_USERS, Shard
 from encode.serving.trial import NEVER_SLOW_MS, TIMES_SLOWER
@@ -40,6 +41,13 @@ class Rollout:
     shadow_share: float = 0.0
     """Of the champion's requests: the challenger scores them, too, and nobody waits for it."""
 
+    def __post_init__(self) -> None:
+        """Raise a `ConfigError` where a share is of no challenger."""
+        if self.challenger is None and (self.challenger_share or self.shadow_share):
+            raise ConfigError(
+                "--challenger-share and --shadow-share: there is no challenger; name its alias by --challenger"
+            )
+
     def role_of(self, user_id: int) -> Role:
         """Return who answers a user; the same for all processes, and as long as the share stays."""
         if not self.challenger_share:
@@ -53,7 +61,8 @@ class Watch:
 
     It should not if at least 3 requests, and more than 1 of 100, got no probabilities. Nor if, within its first 1,000
     requests, the median of the last 200 took more than three times as long as the median of the last 200 of what served
-    before (and more than 5 ms). Threads may note at once.
+    before (and more than 5 ms), all as if of 1,000 candidates: what a request takes whatever its candidates is about as
+    much as what 1,000 take. Threads may note at once.
     """
 
     def __init__(self, before: Watch | None = None) -> None:
@@ -67,17 +76,18 @@ class Watch:
         with self._lock:
             return median(self._latest) if len(self._latest) == _WINDOW else None
 
-    def note(self, seconds: float | None) -> str | None:
-        """Note a request, None for one that failed; return why the bundle should not go on, or None.
+    def note(self, seconds: float | None, num_candidates: int) -> str | None:
+        """Note a request; return why the bundle should not go on, or None.
 
         Args:
-            seconds: it took to score.
+            seconds: it took to score, None if it failed.
+            num_candidates: that were scored.
         """
         with self._lock:
             self._asked += 1
             self._failed += seconds is None
             if seconds is not None:
-                self._latest.append(1e3 * seconds)
+                self._latest.append(1e3 * seconds * 2_000 / (1_000 + num_candidates))
             failed, asked = self._failed, self._asked
         if failed >= _FEWEST_FAILURES and failed > _MOST_FAILED * asked:
             return f"{failed} of its {asked} requests got no probabilities"
@@ -86,4 +96,4 @@ class Watch:
         now_ms = self.median_ms()
         if now_ms is None or now_ms <= max(NEVER_SLOW_MS, TIMES_SLOWER * self._before_ms):
             return None
-        return f"its requests take {now_ms:.1f} ms, those of the bundle before took {self._before_ms:.1f} ms"
+        return f"1,000 candidates take {now_ms:.1f} ms, those of the bundle before took {self._before_ms:.1f} ms"

@@ -83,10 +83,10 @@ class Scorer:
         try:
             scored = bundle.score(wanted.user_id, wanted.item_ids, wanted.category_ids, wanted.recent)
         except Exception:
-            self.follower.note(bundle, None)
+            self.follower.note(bundle, None, len(wanted.item_ids))
             raise
         seconds = time.perf_counter() - began
-        self.follower.note(bundle, seconds)
+        self.follower.note(bundle, seconds, len(wanted.item_ids))
         self.follower.recorder.record(wanted)
         champion = bundle is not self.follower.challenger
         if champion:

@@ -62,7 +62,7 @@ class Shadow:
                 scored = challenger.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
             except Exception as error:  # whatever it is, it must not end the comparison
                 self._metrics.shadowed("failed")
-                self._follower.note(challenger, None)
+                self._follower.note(challenger, None, len(asked.item_ids))
                 _LOG.warning("shadow: %s", type(error).__name__)
                 continue
             apart = np.abs(np.subtract(scored.probabilities, answered.probabilities))

@@ -30,10 +30,11 @@ def expected(client):
     return answer.json()
 
 
-def stream(columns=None, user="1", types=INT64, batches=1, codec=None):
+def stream(columns=None, user="1", types=INT64, batches=1, codec=None, recent=None):
     """An Arrow stream of columns by name, as bytes."""
+    told = {"user_id": user, "recent": recent}
     columns = {"item_id": ITEMS} if columns is None else columns
-    schema = pa.schema([(name, types) for name in columns], None if user is None else {"user_id": user})
+    schema = pa.schema([(name, types) for name in columns], {key: one for key, one in told.items() if one is not None})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
         for _ in range(batches):
@@ -71,6 +72,51 @@ def test_arrow_takes_categories_in_any_order_of_columns(client):
         np.testing.assert_array_equal(found, np.float32(json_answer["probabilities"]))
 
 
+RECENT = [
+    {"item_id": 12, "timestamp": 1_709_251_300},
+    {"item_id": 11, "category_id": 2, "timestamp": 1_709_251_200},
+    {"item_id": 10**9, "category_id": 3, "timestamp": "1709251100"},
+]
+
+
+def test_arrow_takes_recent_behaviors_and_gives_the_numbers_of_json(client, expected):
+    asked = {"user_id": 1, "item_ids": ITEMS, "recent": RECENT}
+    in_json = client.post("/v1/score", json=asked).json()["probabilities"]
+    assert in_json != expected["probabilities"]
+    answer = client.post("/v1/score", content=stream(recent=json.dumps(RECENT)), headers=ARROW)
+    found = pa.ipc.open_stream(answer.content).read_all()["probability"].to_numpy()
+    np.testing.assert_array_equal(found, np.float32(in_json))
+    empty = client.post("/v1/score", content=stream(recent="[]"), headers=ARROW)
+    assert empty.content == client.post("/v1/score", content=stream(), headers=ARROW).content
+
+
+@pytest.mark.parametrize(
+    "recent",
+    [
+        None,
+        {},
+        "11",
+        [11],
+        [{}],
+        [{"item_id": 11}],
+        [{"item_id": 11.0, "timestamp": 1}],
+        [{"item_id": 0, "timestamp": 1}],
+        [{"item_id": 2**63, "timestamp": 1}],
+        [{"item_id": 11, "timestamp": -1}],
+        [{"item_id": 11, "timestamp": float("nan")}],
+        [{"item_id": 11, "timestamp": 1, "category_id": None}],
+        [{"item_id": 11, "timestamp": 1, "more": 1}],
+        RECENT[:1] * 1_001,
+    ],
+)
+def test_recent_behaviors_are_refused_in_arrow_as_in_json(client, recent):
+    body = json.dumps({"user_id": 1, "item_ids": ITEMS, "recent": recent})
+    in_json = client.post("/v1/score", content=body, headers={"Content-Type": "application/json"})
+    in_arrow = client.post("/v1/score", content=stream(recent=json.dumps(recent)), headers=ARROW)
+    assert in_json.status_code == in_arrow.status_code == 422
+    assert [one["loc"] for one in in_arrow.json()["detail"]] == [one["loc"] for one in in_json.json()["detail"]]
+
+
 @pytest.mark.parametrize(
     ("body", "named"),
     [
@@ -97,6 +143,11 @@ def test_arrow_takes_categories_in_any_order_of_columns(client):
         (stream(user="-1"), "decimal digits"),
         (stream(user="1" * 5_000), "decimal digits"),
         (stream(user="٣"), "decimal digits"),
+        (stream(recent=""), "expected JSON"),
+        (stream(recent="[{"), "expected JSON"),
+        (stream(recent=b"\xff"), "expected JSON"),
+        (stream(recent="[" * 10_000), "expected JSON"),
+        (stream(recent="1" * 5_000), "expected JSON"),
         (stream(user="0"), "greater than 0"),
         (stream(user=str(10**19 - 1)), "less than or equal"),
     ],
@@ -192,6 +243,10 @@ def test_invocations_answer_as_mlflow_does(client, released, form):
         ({"dataframe_records": [{"user_id": 1}]}, "Field required"),
         ({"dataframe_records": [{"user_id": 1, "item_id": 1.5}]}, "valid integer"),
         ({"dataframe_split": {"columns": ["user_id"], "data": [[1]]}}, "Field required"),
+        (
+            {"dataframe_split": {"columns": ["user_id", "item_id", "user_id"], "data": [[1, 10, 2]]}},
+            "two columns user_id",
+        ),
         ({"dataframe_split": {"columns": ["user_id", "item_id"], "data": [[1]]}}, "not 2 values"),
         ({"dataframe_split": {"columns": ["user_id", "item_id"], "data": [[1, 0]]}}, "greater than 0"),
         ({"inputs": {"user_id": [1], "item_id": [1, 2]}}, "1 user_id for 2 item_id"),

@@ -185,22 +185,26 @@ def test_the_first_bundle_is_never_withdrawn(client, monkeypatch):
 
 def test_a_watch_minds_failures_and_slowness():
     good = Watch()
-    assert not any(good.note(0.004) for _ in range(400))
-    assert not any([good.note(None), good.note(None), good.note(None)])  # 3 of 403 are fewer than 1 of 100
-    assert good.note(None) is None
-    assert "5 of its 405" in good.note(None)
+    assert not any(good.note(0.004, 1_000) for _ in range(400))
+    assert not any(
+        [good.note(None, 1_000), good.note(None, 1_000), good.note(None, 1_000)]
+    )  # 3 of 403 are fewer than 1 of 100
+    assert good.note(None, 1_000) is None
+    assert "5 of its 405" in good.note(None, 1_000)
 
     slower = Watch(good)
-    noted = [slower.note(0.011) for _ in range(1_000)]
+    noted = [slower.note(0.011, 1_000) for _ in range(1_000)]
     assert not any(noted)
     slow = Watch(good)
-    noted = [slow.note(0.013) for _ in range(200)]
+    noted = [slow.note(0.013, 1_000) for _ in range(200)]
     assert [bool(why) for why in noted] == [False] * 199 + [True]
-    assert noted[-1] == "its requests take 13.0 ms, those of the bundle before took 4.0 ms"
-    assert not any(Watch().note(9.0) for _ in range(400))
+    assert noted[-1] == "1,000 candidates take 13.0 ms, those of the bundle before took 4.0 ms"
+    assert not any(Watch().note(9.0, 1_000) for _ in range(400))
+    larger = Watch(good)
+    assert not any(larger.note(0.012, 5_000) for _ in range(1_000)), "five times the candidates are not slower"
     quick = Watch(good)
-    assert not any(quick.note(0.003) for _ in range(1_000))
-    assert not any(quick.note(0.1) for _ in range(400)), "after its first 1,000 requests it is not compared"
+    assert not any(quick.note(0.003, 1_000) for _ in range(1_000))
+    assert not any(quick.note(0.1, 1_000) for _ in range(400)), "after its first 1,000 requests it is not compared"
 
 
 # --- champion and challenger -------------------------------------------------------------------------------
@@ -231,6 +235,11 @@ def test_a_challenger_answers_its_share_of_the_users_and_who_asks_for_it(serve, 
         answer = client.get("/v1/users/1/interests", headers={"X-Encode-Role": "challenger"})
         assert answer.status_code == 503
         assert "no challenger" in answer.json()["detail"]
+
+
+def test_a_share_of_no_challenger_is_refused():
+    with pytest.raises(ConfigError, match="name its alias by --challenger"):
+        Rollout(shadow_share=0.1)
 
 
 def test_a_challenger_that_is_the_champion_is_none(serve, registry):
