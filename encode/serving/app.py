@@ -58,7 +58,7 @@ def create_app(
     metrics, work, rollout = Metrics(), Work(), rollout or Rollout()
     follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused)
     scorer = Scorer(follower, rollout, metrics, max_age_days, now)
-    metrics.registry.register(State(follower.in_use, scorer.is_ready, lambda: work.count, now))
+    metrics.registry.register(State(follower.in_use, scorer.is_ready, work, now))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from encode.serving.bundle import Bundle, Scored
+from encode.serving.limits import Work
 from encode.serving.rollout import Role
 
 SECONDS = tuple(milliseconds / 1000 for milliseconds in (1, 2, 3, 5, 8, 10, 15, 20, 30, 50, 100))
@@ -93,14 +94,18 @@ class State(Collector):
         self,
         in_use: Callable[[], Mapping[Role, Bundle]],
         ready: Callable[[], bool],
-        at_work: Callable[[], int],
+        work: Work,
         now: Callable[[], datetime],
     ) -> None:
-        self._in_use, self._ready, self._at_work, self._now = in_use, ready, at_work, now
+        self._in_use, self._ready, self._work, self._now = in_use, ready, work, now
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("encode_ready", "1 if requests should be sent here.", float(self._ready()))
-        yield GaugeMetricFamily("encode_requests_at_work", "Requests at work or waiting now.", float(self._at_work()))
+        for name, text, value in (
+            ("requests_at_work", "Requests at work or waiting now.", self._work.count),
+            ("arriving_bytes", "Of bodies that are not complete.", self._work.arrived),
+        ):
+            yield GaugeMetricFamily(f"encode_{name}", text, float(value))
         age = GaugeMetricFamily(
             "encode_snapshot_age_seconds", "Since the day before which the snapshot ends.", labels=["role"]
         )

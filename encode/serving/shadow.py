@@ -6,6 +6,7 @@ import logging
 import queue
 import random
 import threading
+from contextlib import suppress
 
 import numpy as np
 
@@ -39,8 +40,9 @@ class Shadow:
 
     def stop(self) -> None:
         """End after the request at work."""
-        while not self._waiting.empty():
-            self._waiting.get_nowait()
+        with suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()
         self._waiting.put(None)
 
     def offer(self, asked: Asked, answered: Scored) -> None:

@@ -20,9 +20,9 @@ def begin(serving):
 
 
 def under_way(serving, count):
-    """Begin requests and wait until the process works on all of them."""
+    """Begin requests and wait until the process has what was sent of all of them."""
     begun = [begin(serving) for _ in range(count)]
-    while f"encode_requests_at_work {count}.0" not in httpx.get(f"{serving.url}/metrics").text:
+    while f"encode_arriving_bytes {count * len(BODY[:-5])}.0" not in httpx.get(f"{serving.url}/metrics").text:
         time.sleep(0.02)
     return begun
 
