@@ -114,7 +114,9 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     serve.add_argument(
         "--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)"
     )
-    serve.add_argument("--poll", type=float, default=10.0, metavar="SECONDS", help="between looks for a new release")
+    serve.add_argument(
+        "--poll", type=_at_least(0.1), default=10.0, metavar="SECONDS", help="between looks for a new release"
+    )
     serve.add_argument("--max-age", type=int, metavar="DAYS", help="report an older snapshot as stale (default: never)")
     serve.add_argument(
         "--keys",

@@ -60,6 +60,8 @@ def create_app(
     scorer = Scorer(follower, rollout, metrics, max_age_days, now)
     metrics.registry.register(State(follower.in_use, scorer.is_ready, work, now))
 
+    open_paths = OPEN_PATHS | ({webhook.PATH} if webhook_secret else set())
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Two requests that score at once hand the GIL to and fro, each on memory of its own, and both are late.
@@ -68,7 +70,7 @@ def create_app(
         scorer.shadow.start()
         yield
         scorer.shadow.stop()
-        follower.stop()
+        app.state.loading = follower.stop()
 
     app = FastAPI(
         title="ENCODE serving",
@@ -79,11 +81,11 @@ def create_app(
         redoc_url=None,
         middleware=[
             Middleware(Observed, metrics=metrics),
-            Middleware(keys.KeyRequired, hashes=hashes, open_paths=OPEN_PATHS | {webhook.PATH}),
+            Middleware(keys.KeyRequired, hashes=hashes, open_paths=open_paths),
             Middleware(Limited, limits=limits or Limits(), work=work, spared=SPARED_PATHS, on_shed=metrics.shed),
         ],
     )
-    app.state.follower, app.state.scorer, app.state.work = follower, scorer, work
+    app.state.follower, app.state.scorer, app.state.work, app.state.loading = follower, scorer, work, False
     handle_problems(app)
     _add_routes(app, scorer, config.model_name)
     app.include_router(webhook.webhook_routes(follower, webhook_secret))

@@ -15,13 +15,14 @@ from encode.config import Places, RegistryConfig
 from encode.errors import ArtifactError, EncodeError, QualityError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
-from encode.registry import CHAMPION, Registry
+from encode.registry import CHAMPION, REFUSED, Registry
 from encode.serving.bundle import Bundle, Chain, load_bundle
 from encode.serving.local_snapshot import remove_snapshots
 from encode.serving.rollout import Role, Rollout, Watch
 from encode.serving.trial import Recorder, try_bundle
 from encode.storage import Storage, open_storage
 
+_STOP_SECONDS = 1.0
 _LOG = logging.getLogger("uvicorn.error")
 
 
@@ -54,6 +55,8 @@ class Follower:
         self.challenger: Bundle | None = None
         self.refused: dict[Chain, str] = {}
         """What did not pass its trial or was withdrawn, and why: not loaded again until somebody asks."""
+        self.withdrawn: dict[str, str] = {}
+        """Model versions that did badly on every snapshot they served: no snapshot of them is loaded, either."""
         self.error: str | None = None
         """Why the newest look failed."""
         self.recorder = Recorder()
@@ -82,13 +85,16 @@ class Follower:
             again: also at what was refused.
         """
         if again:
-            self.refused = {}
+            self.refused, self.withdrawn = {}, {}
         self._wake.set()
 
-    def stop(self) -> None:
-        """Stop following; the bundles stay."""
+    def stop(self) -> bool:
+        """Stop following; the bundles stay. Return whether a load that is under way goes on."""
         self._stopping = True
         self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_SECONDS)
+        return self._thread.is_alive()
 
     def _follow(self) -> None:
         while not self._stopping:
@@ -110,18 +116,14 @@ class Follower:
         Raises:
             EncodeError: there is no champion, or a bundle cannot be loaded or is refused; what serves, stays.
         """
-        champion = self._bring(CHAMPION)
-        if champion is None:
-            raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
-        with self._swap:
-            if champion is not self.bundle:
-                before = self._watches.get(self.bundle.id) if self.bundle else None
-                self._watches[champion.id] = Watch(before)
-                self.previous, self.bundle = self.bundle, champion
-                _LOG.info("serving bundle %s", champion.describe())
-        if self._rollout.challenger:
-            self._look_for_challenger(self._rollout.challenger)
-        self._forget()
+        try:
+            self._look_for_champion()
+        finally:
+            try:
+                if self._rollout.challenger:
+                    self._look_for_challenger(self._rollout.challenger)
+            finally:
+                self._forget()
 
     def note(self, bundle: Bundle, seconds: float | None, num_candidates: int) -> None:
         """Note a request that a bundle answered, or could not; withdraw the bundle if it does badly.
@@ -138,16 +140,34 @@ class Follower:
     def _withdraw(self, bundle: Bundle, why: str) -> None:
         """Go back to the bundle before, or do without the challenger. The first bundle of a process has none before."""
         with self._swap:
-            if bundle is self.challenger:
+            instead = self.previous if bundle is self.bundle else None
+            if instead is not None:
+                self.bundle, self.previous = instead, None
+            elif bundle is self.challenger:
                 self.challenger = None
-            elif bundle is self.bundle and self.previous is not None:
-                self.bundle, self.previous = self.previous, None
             else:
                 return
             self.refused[bundle.chain] = why
+            if instead is None or instead.model_version != bundle.model_version:
+                self.withdrawn[bundle.model_version] = why
         self.error = f"bundle {bundle.id} of model version {bundle.model_version} was withdrawn: {why}"
         self._on_refused(QualityError(self.error))
         _LOG.error("%s", self.error)
+
+    def _look_for_champion(self) -> None:
+        champion = self._bring(CHAMPION)
+        if champion is None:
+            raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
+        with self._swap:
+            if champion is self.bundle:
+                return
+            # Going back is what people do to get away from the bundle in use: it is no measure.
+            before = self._watches.get(self.bundle.id) if self.bundle and champion is not self.previous else None
+            self._watches[champion.id] = Watch(before)
+            self.previous, self.bundle = self.bundle, champion
+            if champion is self.challenger:
+                self.challenger = None
+        _LOG.info("serving bundle %s", champion.describe())
 
     def _look_for_challenger(self, alias: str) -> None:
         found = self._bring(alias)
@@ -163,24 +183,24 @@ class Follower:
         self._storage = self._storage or open_storage(self._places, writing=False)
         self._registry = self._registry or Registry(self._places, self._config)
         version = self._registry.by_alias(alias)
-        if version is None:
+        if version is None or (alias != CHAMPION and REFUSED in version.tags):
             return None
         pointer = read_pointer(self._storage, folder_of(version.space))
         if pointer is not None:
             chain = version.number, pointer[0]
-            if (held := next((one for one in self._held() if one.chain == chain), None)) is not None:
-                return held
-            if why := self.refused.get(chain):
+            if why := self.refused.get(chain) or self.withdrawn.get(version.number):
                 raise ArtifactError(
                     f"model version {version.number} with snapshot {pointer[0].snapshot} stays refused: {why}; "
-                    "POST /v1/release/reload tries it again"
+                    "POST /v1/release/reload?again=true tries it again"
                 )
+            if (held := next((one for one in self._held() if one.chain == chain), None)) is not None:
+                return held
         files = self._registry.files(version)
         bundle = load_bundle(self._storage, files, version.number, self._cache, self._rollout.shard)
         try:
             try_bundle(bundle, self.recorder.latest(), self._rollout.max_model_ms, self.bundle)
-        except ArtifactError as error:
-            self.refused[bundle.chain] = str(error)
+        except Exception as error:
+            self.refused[bundle.chain] = str(error) if isinstance(error, EncodeError) else type(error).__name__
             raise
         return bundle
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from encode.errors import ConfigError
+from encode.registry import CHAMPION
 from encode.schema import bucket_of
 from encode.serving.local_snapshot import ALL_USERS, Shard
 from encode.serving.trial import NEVER_SLOW_MS, TIMES_SLOWER
@@ -42,8 +43,10 @@ class Rollout:
     """Of the champion's requests: the challenger scores them, too, and nobody waits for it."""
 
     def __post_init__(self) -> None:
-        """Raise a `ConfigError` where a share is of no challenger."""
-        if self.challenger is None and (self.challenger_share or self.shadow_share):
+        """Raise a `ConfigError` where the challenger is the champion, or a share is of none."""
+        if self.challenger == CHAMPION:
+            raise ConfigError(f"--challenger {CHAMPION}: serves already; name another alias")
+        if not self.challenger and (self.challenger_share or self.shadow_share):
             raise ConfigError(
                 "--challenger-share and --shadow-share: there is no challenger; name its alias by --challenger"
             )

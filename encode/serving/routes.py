@@ -40,15 +40,15 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
             challenger=_info(follower.challenger),
             refused=[
                 Refusal(model_version=version, snapshot=pointer.snapshot, why=why)
-                for (version, pointer), why in follower.refused.items()
+                for (version, pointer), why in dict(follower.refused).items()
             ],
             error=follower.error,
         )
 
     @routes.post("/release/reload", status_code=202)
-    def reload() -> Status:
-        """Look at the registry and the pointers now, and again at what was refused."""
-        follower.look_now(again=True)
+    def reload(again: bool = False) -> Status:
+        """Look at the registry and the pointers now; `again` also at what was refused or withdrawn."""
+        follower.look_now(again)
         return Status(status="looking")
 
     @routes.post("/score", response_model=ScoreResponse, openapi_extra=score_also)

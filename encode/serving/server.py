@@ -61,6 +61,6 @@ def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_
     )
     server = _Draining(config, app, drain_delay_seconds)
     server.run()
-    if app.state.work.count:  # a thread that is still at work cannot be stopped, and the interpreter would wait for it
+    if app.state.work.count or app.state.loading:  # a thread cannot be stopped, and the interpreter would wait for it
         sys.stderr.flush()
         os._exit(0)

@@ -6,6 +6,7 @@ import logging
 import queue
 import random
 import threading
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -60,6 +61,7 @@ class Shadow:
             if challenger is None:
                 continue
             asked, answered = one
+            began = time.perf_counter()
             try:
                 scored = challenger.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
             except Exception as error:  # whatever it is, it must not end the comparison
@@ -67,5 +69,6 @@ class Shadow:
                 self._follower.note(challenger, None, len(asked.item_ids))
                 _LOG.warning("shadow: %s", type(error).__name__)
                 continue
+            self._follower.note(challenger, time.perf_counter() - began, len(asked.item_ids))
             apart = np.abs(np.subtract(scored.probabilities, answered.probabilities))
             self._metrics.shadowed("scored", float(apart.mean()))

@@ -43,11 +43,11 @@ def webhook_routes(follower: Follower, secret: str) -> APIRouter:
         """Look at the registry now: for MLflow, which signs what it sends."""
         if not secret:
             raise HTTPException(403, f"no webhooks are taken: {SECRET} is not set")
+        if not _is_recent(x_mlflow_timestamp):
+            raise HTTPException(403, f"expected a time within {_TOLERANCE_SECONDS} s of now")
         expected = signature(secret, x_mlflow_delivery_id, x_mlflow_timestamp, body)
         if not hmac.compare_digest(expected.encode(), x_mlflow_signature.encode()):
             raise HTTPException(403, "the signature is not made with this secret")
-        if not _is_recent(x_mlflow_timestamp):
-            raise HTTPException(403, f"sent at {x_mlflow_timestamp}, expected within {_TOLERANCE_SECONDS} s of now")
         follower.look_now()
         return Status(status="looking")
 

@@ -95,7 +95,7 @@ class OneVersion:
     """Stands for MLflow: an alias that the test moves."""
 
     def __init__(self):
-        self.number, self.challenger, self.held = None, None, {}
+        self.number, self.challenger, self.held, self.tags = None, None, {}, {}
 
     def release(self, number, files, space):
         self.held[number] = files, space
@@ -106,7 +106,7 @@ class OneVersion:
         if number is None:
             return None
         files, space = self.held[number]
-        return Version(number, space.id, model_digest(files), {})
+        return Version(number, space.id, model_digest(files), self.tags)
 
     def files(self, version):
         return self.held[version.number][0]

@@ -97,7 +97,7 @@ def test_a_bundle_whose_scores_are_not_numbers_is_refused_until_asked_again(clie
         client.app.state.follower.look()
     monkeypatch.undo()
     monkeypatch.setattr("encode.serving.follower.Registry", lambda *_: registry)
-    client.post("/v1/release/reload")
+    client.post("/v1/release/reload?again=true")
     state = wait(client, lambda state: state["bundle"]["model_version"] == "2")
     assert state["refused"] == []
 
@@ -155,7 +155,7 @@ def test_going_back_takes_no_load(client, registry, second, monkeypatch):
     assert client.get("/v1/release").json()["previous"]["model_version"] == "2"
 
 
-def test_a_bundle_that_fails_while_serving_is_withdrawn(client, registry, second, monkeypatch):
+def test_a_bundle_that_fails_while_serving_is_withdrawn(client, registry, storage, second, monkeypatch):
     before, (files, space) = score(client), second
     serving = answers_badly(monkeypatch, "2")
     registry.release("2", files, space)
@@ -170,8 +170,50 @@ def test_a_bundle_that_fails_while_serving_is_withdrawn(client, registry, second
     with pytest.raises(ArtifactError, match="stays refused: 3 of its 3"):
         client.app.state.follower.look()
     assert score(client) == before
+    refresh(storage, END, space)
+    client.post("/v1/release/reload")
+    wait(client, lambda state: "stays refused" in state["error"])
+    assert score(client) == before, "neither a newer snapshot nor a reload of the platform brings it back"
+    serving.clear()
+    client.post("/v1/release/reload?again=true")
+    wait(client, lambda state: state["bundle"]["model_version"] == "2")
+
+
+def test_a_bundle_that_people_went_back_to_is_not_measured_by_what_they_left(client, registry, second):
+    registry.release("2", *second)
+    follower = client.app.state.follower
+    slow = follower.bundle
+    follower.look()
+    for _ in range(200):
+        follower.note(follower.bundle, 0.001, 1_000)
     registry.number = "1"
+    follower.look()
+    assert follower.bundle is slow
+    for _ in range(1_000):
+        follower.note(slow, 0.02, 1_000)
+    assert follower.bundle is slow
+
+
+def test_a_failing_bundle_in_use_does_not_keep_its_repair_out(client, registry, second, monkeypatch):
+    answers_badly(monkeypatch, "1").set()
+    registry.release("2", *second)
     client.app.state.follower.look()
+    assert score(client)["bundle"]["model_version"] == "2"
+
+
+def test_a_promoted_challenger_is_the_champion_only_and_a_refused_one_is_none(serve, registry, second, monkeypatch):
+    registry.release("2", *second)
+    registry.number, registry.challenger = "1", "2"
+    with serve(challenger="challenger", challenger_share=1.0) as client:
+        wait(client, lambda state: state["challenger"])
+        registry.number = "2"
+        follower = client.app.state.follower
+        follower.look()
+        assert (follower.bundle.model_version, follower.challenger) == ("2", None)
+        registry.number = "1"
+        monkeypatch.setattr(registry, "tags", {"encode.refused": "rolled back"})
+        follower.look()
+        assert (follower.bundle.model_version, follower.challenger) == ("1", None)
 
 
 def test_the_first_bundle_is_never_withdrawn(client, monkeypatch):
@@ -238,8 +280,11 @@ def test_a_challenger_answers_its_share_of_the_users_and_who_asks_for_it(serve, 
 
 
 def test_a_share_of_no_challenger_is_refused():
-    with pytest.raises(ConfigError, match="name its alias by --challenger"):
-        Rollout(shadow_share=0.1)
+    for challenger in (None, ""):
+        with pytest.raises(ConfigError, match="name its alias by --challenger"):
+            Rollout(challenger=challenger, shadow_share=0.1)
+    with pytest.raises(ConfigError, match="serves already"):
+        Rollout(challenger="champion")
 
 
 def test_a_challenger_that_is_the_champion_is_none(serve, registry):
