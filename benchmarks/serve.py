@@ -34,12 +34,11 @@ import torch
 from benchmarks.release import MODEL, USERS, Served, make_served
 from benchmarks.serve_http import HTTP_QUICK, HttpPace, Points, measure_http
 from benchmarks.train import num_cores, processor, say
-from benchmarks.whole_history import LeanAttention
 from encode.interests.extract import state_of
 from encode.model.ctr import Encode, Reader, Recent, User
 from encode.model.files import UserState, read_user
 from encode.model.long_term import Sizes, Target
-from encode.quality.rivals.attention import Whole
+from encode.quality.rivals.attention import FullAttention, Whole
 from encode.serving.engine import Engine
 from encode.serving.messages import MAX_CANDIDATES
 
@@ -114,7 +113,7 @@ def by_full_attention(served: Served, length: int, count: int) -> Request:
     """Return what reads the whole history: its keys and embeddings are at hand, free of charge."""
     items, vocabulary = served.space.items, served.space.vocabulary
     sizes = Sizes(len(vocabulary), vocabulary.num_categories, 1, MODEL.embedding_dim, MODEL.projected_dim)
-    reader = Reader(MODEL, LeanAttention(sizes)).eval()
+    reader = Reader(MODEL, FullAttention(sizes)).eval()
     scale = torch.tensor(served.space.scale)
     users, recents, targets = [], [], []
     for place, history in enumerate(served.histories[length]):

@@ -21,10 +21,9 @@ import torch
 from encode.config import Places, RegistryConfig
 from encode.interests.extract import state_of
 from encode.model.ctr import Reader, Recent, User
-from encode.model.long_term import History, LongTerm, Read, Sizes, Target
-from encode.model.relevance import attend
+from encode.model.long_term import History, LongTerm, Sizes, Target
 from encode.quality.rivals import eta, sim
-from encode.quality.rivals.attention import FullAttention, Whole
+from encode.quality.rivals.attention import FullAttention
 from encode.quality.rivals.eta import Eta
 from encode.quality.rivals.sdim import Sdim
 from encode.quality.rivals.sim import SimHard, SimSoft
@@ -34,16 +33,6 @@ from encode.serving.bundle import Behavior, Bundle, Scored
 from encode.serving.server import serve
 
 
-class LeanAttention(FullAttention):
-    """Full target attention that does not count how often the target is in the history."""
-
-    def read(self, state: Whole, target: Target) -> Read:
-        """Return the attention's vector and its affinity."""
-        none = torch.zeros_like(state.mask, dtype=target.key.dtype)
-        found = attend(target.key, state.key, state.embedding, none, state.mask, state.scale)
-        return Read(found.value[:, :, None], found.affinity[..., None])
-
-
 def any_top(score: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `top_behaviors` does, but any of equals and in any order: to sort out ties takes most of its time."""
     best, places = score.masked_fill_(~mask[:, None], float("-inf")).topk(min(k, score.shape[2]), sorted=False)
@@ -51,7 +40,7 @@ def any_top(score: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tens
 
 
 MODELS: dict[str, type[LongTerm]] = {
-    "full_attention": LeanAttention,
+    "full_attention": FullAttention,
     "sim_hard": SimHard,
     "sim_soft": SimSoft,
     "eta": Eta,

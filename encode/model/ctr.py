@@ -29,6 +29,7 @@ from encode.model.relevance import (
     attend_interests,
     pool_interests,
     remember,
+    remember_categories,
     times_of,
 )
 from encode.schema import PADDING
@@ -145,8 +146,8 @@ class Encode(LongTerm):
             self.by_relevance,
         )
         remembered = remember(history.item, self.num_remembered)
-        category = history.category.masked_fill(times_of(history.item, remembered) == 0, PADDING)
-        return Known(interests, remembered, remember(category, self.num_remembered))
+        categories = remember_categories(history.item, history.category, remembered, self.num_remembered)
+        return Known(interests, remembered, categories)
 
     def profile(self, state: Known, history: History | None = None) -> Float[Tensor, "G D"]:
         """Return the mean of the interests by size: the stored state is all that serving has."""

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from encode.schema import MOST_TIMES, UNKNOWN
+from encode.schema import MOST_TIMES, PADDING, UNKNOWN
 
 
 def relevance(query: Float[Tensor, "... P"], key: Float[Tensor, "... P"], scale: Tensor) -> Float[Tensor, ...]:
@@ -149,6 +149,20 @@ def remember(item: Int64[Tensor, "G L"], num_items: int) -> Remembered:
         kept = remembered.times.sort(dim=1, descending=True, stable=True).indices[:, :num_items].sort(1).values
         remembered = Remembered(remembered.item.gather(1, kept), remembered.times.gather(1, kept))
     return remembered._replace(times=remembered.times.clamp(max=MOST_TIMES))
+
+
+def remember_categories(
+    item: Int64[Tensor, "G L"], category: Int64[Tensor, "G L"], remembered: Remembered, num_categories: int
+) -> Remembered:
+    """Return the most frequent categories of each history's remembered items; what is not remembered does not count.
+
+    Args:
+        item: vocabulary index of each behavior.
+        category: category index of each behavior.
+        remembered: items.
+        num_categories: at most.
+    """
+    return remember(category.masked_fill(times_of(item, remembered) == 0, PADDING), num_categories)
 
 
 def attend_interests(

@@ -19,8 +19,15 @@ from encode.config import ClusteringConfig
 from encode.interests.kmeans import cluster
 from encode.model.long_term import Behaviors, Catalog, History, Ints, LongTerm, Read, Sizes, Target
 from encode.model.reduction import center_loss, linear_decoder, random_projection
-from encode.model.relevance import Remembered, attend_itself, relevance_of_all, remember, times_of, weigh
-from encode.schema import PADDING
+from encode.model.relevance import (
+    Remembered,
+    attend_itself,
+    relevance_of_all,
+    remember,
+    remember_categories,
+    times_of,
+    weigh,
+)
 
 
 class Moments(NamedTuple):
@@ -185,8 +192,7 @@ class Variant(LongTerm):
             covariance = (share @ pairs.flatten(2)).view(*size.shape, *pairs.shape[2:]) / count[..., None]
             covariance = covariance - mean[..., None] * (share @ values / count)[:, :, None]
         remembered = remember(history.item, self.remembered)
-        category = history.category.masked_fill(times_of(history.item, remembered) == 0, PADDING)
-        categories = remember(category, self.remembered)
+        categories = remember_categories(history.item, history.category, remembered, self.remembered)
         return Moments(mean, value, size, log_prior, history.scale, variance, covariance, remembered, categories)
 
     def profile(self, state: Moments, history: History) -> Float[Tensor, "G D"]:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.routing import Match
 from starlette.types import Scope
 
-from encode.serving.messages import ScoreRequest
+from encode.serving.messages import RawBody, ScoreRequest
 from encode.serving.problems import invalid, invalid_body
 from encode.serving.scoring import Scorer
 
@@ -42,16 +42,12 @@ class _ArrowRoute(APIRoute):
         return super().matches(scope)
 
 
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
-
 def arrow_routes(scorer: Scorer) -> APIRouter:
     """Make the route; it must come before the one of the same path in JSON."""
     routes = APIRouter(route_class=_ArrowRoute)
 
     @routes.post("/v1/score", include_in_schema=False)
-    def score(request: Request, body: Annotated[bytes, Depends(_body)]) -> Response:
+    def score(request: Request, body: RawBody) -> Response:
         asked = read_request(body)
         bundle = scorer.bundle(request, asked.user_id)
         scored = scorer.score(request, bundle, asked)

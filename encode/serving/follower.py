@@ -16,10 +16,10 @@ from encode.errors import ArtifactError, EncodeError, QualityError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
 from encode.registry import CHAMPION, REFUSED, Registry
-from encode.serving.bundle import Bundle, Chain, load_bundle
+from encode.serving.bundle import Bundle, Chain, Scored, load_bundle
 from encode.serving.local_snapshot import remove_snapshots
 from encode.serving.rollout import Role, Rollout, Watch
-from encode.serving.trial import Recorder, try_bundle
+from encode.serving.trial import Asked, Recorder, timed, try_bundle
 from encode.storage import Storage, open_storage
 
 _STOP_SECONDS = 1.0
@@ -124,6 +124,16 @@ class Follower:
                     self._look_for_challenger(self._rollout.challenger)
             finally:
                 self._forget()
+
+    def score(self, bundle: Bundle, asked: Asked) -> tuple[Scored, float]:
+        """Score with a bundle, and note how it did; return also the seconds it took. Whatever fails passes through."""
+        try:
+            scored, seconds = timed(bundle, asked)
+        except Exception:
+            self.note(bundle, None, len(asked.item_ids))
+            raise
+        self.note(bundle, seconds, len(asked.item_ids))
+        return scored, seconds
 
     def note(self, bundle: Bundle, seconds: float | None, num_candidates: int) -> None:
         """Note a request that a bundle answered, or could not; withdraw the bundle if it does badly.

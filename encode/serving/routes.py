@@ -19,7 +19,7 @@ from encode.serving.messages import (
     written,
 )
 from encode.serving.problems import Problem
-from encode.serving.scoring import Scorer
+from encode.serving.scoring import Scorer, check_shard
 
 UNKNOWN_USER: dict[int | str, dict[str, Any]] = {
     404: {"model": Problem, "description": "the snapshot holds no interests of this user"}
@@ -82,6 +82,7 @@ def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
         `attention_to_itself` is to the user's own past with that very item.
         """
         bundle = scorer.bundle(request, user_id)
+        check_shard(bundle, user_id)
         found = bundle.interests(user_id)
         if found is None:
             raise HTTPException(404, f"user {user_id}: no interests in snapshot {bundle.pointer.snapshot}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -47,12 +46,10 @@ class Scorer:
             user_id: decides otherwise; None leaves it to the champion.
 
         Raises:
-            HTTPException: 503, it is not loaded; 421, the user is of a shard that this process does not hold.
+            HTTPException: 503, it is not loaded.
             RequestValidationError: the header asks for something else.
         """
         bundle = self._chosen(request.headers.get(ROLE_HEADER), user_id)
-        if user_id is not None:
-            _check_shard(bundle, user_id)
         _told(request)["bundle"] = bundle.id
         return bundle
 
@@ -75,18 +72,15 @@ class Scorer:
         return self._max_age_days is not None and (self._now().date() - bundle.pointer.as_of).days > self._max_age_days
 
     def score(self, request: Request, bundle: Bundle, asked: ScoreRequest) -> Scored:
-        """Score the candidates for one user; the log of the request is told how many."""
+        """Score the candidates for one user; the log of the request is told how many.
+
+        Raises:
+            HTTPException: 421, the user is of a shard that this process does not hold.
+        """
         recent = [Behavior(one.item_id, one.category_id, one.timestamp) for one in asked.recent]
         wanted = Asked(asked.user_id, asked.item_ids, asked.category_ids, recent)
-        _check_shard(bundle, asked.user_id)
-        began = time.perf_counter()
-        try:
-            scored = bundle.score(wanted.user_id, wanted.item_ids, wanted.category_ids, wanted.recent)
-        except Exception:
-            self.follower.note(bundle, None, len(wanted.item_ids))
-            raise
-        seconds = time.perf_counter() - began
-        self.follower.note(bundle, seconds, len(wanted.item_ids))
+        check_shard(bundle, asked.user_id)
+        scored, seconds = self.follower.score(bundle, wanted)
         self.follower.recorder.record(wanted)
         champion = bundle is not self.follower.challenger
         if champion:
@@ -119,7 +113,7 @@ class Scorer:
         return bundle
 
 
-def _check_shard(bundle: Bundle, user_id: int) -> None:
+def check_shard(bundle: Bundle, user_id: int) -> None:
     """Refuse a user whom another replica holds: as an unknown one, the user would get wrong probabilities.
 
     Raises:

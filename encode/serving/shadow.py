@@ -6,7 +6,6 @@ import logging
 import queue
 import random
 import threading
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -61,14 +60,11 @@ class Shadow:
             if challenger is None:
                 continue
             asked, answered = one
-            began = time.perf_counter()
             try:
-                scored = challenger.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
+                scored, _ = self._follower.score(challenger, asked)
             except Exception as error:  # whatever it is, it must not end the comparison
                 self._metrics.shadowed("failed")
-                self._follower.note(challenger, None, len(asked.item_ids))
                 _LOG.warning("shadow: %s", type(error).__name__)
                 continue
-            self._follower.note(challenger, time.perf_counter() - began, len(asked.item_ids))
             apart = np.abs(np.subtract(scored.probabilities, answered.probabilities))
             self._metrics.shadowed("scored", float(apart.mean()))

@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from encode.errors import ArtifactError
-from encode.serving.bundle import Behavior, Bundle
+from encode.serving.bundle import Behavior, Bundle, Scored
 
 _DRAWN_USERS, _DRAWN_CANDIDATES = 8, 1_000
 _ROUNDS = 5
@@ -79,11 +79,16 @@ def try_bundle(bundle: Bundle, recorded: Sequence[Asked], max_ms: float, beside:
         raise ArtifactError(f"{where}, bundle {beside.id} {np.median(theirs):.1f} ms")
 
 
+def timed(bundle: Bundle, asked: Asked) -> tuple[Scored, float]:
+    """Score, and return also the seconds it takes."""
+    began = time.perf_counter()
+    scored = bundle.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
+    return scored, time.perf_counter() - began
+
+
 def _score(bundle: Bundle, asked: Asked) -> float:
     """Return the milliseconds it takes."""
-    began = time.perf_counter()
-    bundle.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * timed(bundle, asked)[1]
 
 
 def _score_beside(bundle: Bundle | None, asked: Asked) -> list[float]:

@@ -12,10 +12,10 @@ import hmac
 import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, HTTPException, Request
+from fastapi import APIRouter, Header, HTTPException, Request
 
 from encode.serving.follower import Follower
-from encode.serving.messages import Status
+from encode.serving.messages import RawBody, Status
 from encode.serving.problems import Problem
 
 PATH = "/v1/release/webhook"
@@ -35,7 +35,7 @@ def webhook_routes(follower: Follower, secret: str) -> APIRouter:
 
     @routes.post(PATH, status_code=202, responses=_REFUSALS)
     def told(
-        body: Annotated[bytes, Depends(_body)],
+        body: RawBody,
         x_mlflow_delivery_id: Annotated[str, Header()] = "",
         x_mlflow_timestamp: Annotated[str, Header()] = "",
         x_mlflow_signature: Annotated[str, Header()] = "",

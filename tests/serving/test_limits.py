@@ -19,6 +19,19 @@ JSON = {"Content-Type": "application/json"}
 PROBES = ("/health", "/ready", "/ping", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 
+@pytest.fixture
+def go_on(monkeypatch):
+    """An event without which nothing is scored."""
+    event, plain = threading.Event(), Bundle.score
+
+    def slow(bundle, *arguments):
+        assert event.wait(30)
+        return plain(bundle, *arguments)
+
+    monkeypatch.setattr(Bundle, "score", slow)
+    return event
+
+
 def chunks(size, count):
     for _ in range(count):
         yield b" " * size
@@ -106,14 +119,7 @@ def test_a_client_that_leaves_gives_its_place_back(start_serving):
 # --- requests at work --------------------------------------------------------------------------------------
 
 
-def test_more_requests_than_places_are_told_to_come_back(make_app, monkeypatch):
-    go_on, plain = threading.Event(), Bundle.score
-
-    def slow(bundle, *arguments):
-        assert go_on.wait(30)
-        return plain(bundle, *arguments)
-
-    monkeypatch.setattr(Bundle, "score", slow)
+def test_more_requests_than_places_are_told_to_come_back(make_app, go_on):
     app = make_app(limits=Limits(max_requests=2, deadline_seconds=60))
 
     async def ask():
@@ -181,14 +187,7 @@ def test_a_fault_gives_its_place_back_and_is_answered(make_client, monkeypatch):
 # --- deadline ----------------------------------------------------------------------------------------------
 
 
-def test_a_request_over_its_deadline_is_answered_but_keeps_its_place_while_it_is_worked_on(make_app, monkeypatch):
-    go_on, plain = threading.Event(), Bundle.score
-
-    def slow(bundle, *arguments):
-        assert go_on.wait(30)
-        return plain(bundle, *arguments)
-
-    monkeypatch.setattr(Bundle, "score", slow)
+def test_a_request_over_its_deadline_is_answered_but_keeps_its_place_while_it_is_worked_on(make_app, go_on):
     app = make_app(limits=Limits(deadline_seconds=0.2, max_requests=1))
 
     async def ask():

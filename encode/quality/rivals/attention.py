@@ -46,20 +46,22 @@ class FullAttention(LongTerm):
 
     def __init__(self, sizes: Sizes, *, affinity: bool = True, counts: bool = False) -> None:
         super().__init__()
-        self.given = [place for place, wanted in enumerate((affinity, counts)) if wanted]
-        self.num_scalars = len(self.given)
+        self.affinity, self.counts = affinity, counts
+        self.num_scalars = affinity + counts
 
     def summarise(self, history: History) -> Whole:
         """Return the history itself."""
         return Whole(history.embedding, history.key, history.mask, history.item, history.scale)
 
     def read(self, state: Whole, target: Target) -> Read:
-        """Return the attention's vector, its affinity, and how often the target is in the history."""
+        """Return the attention's vector, and what else is asked for: affinity, how often the target was had."""
         none = torch.zeros_like(state.mask, dtype=target.key.dtype)
         found = attend(target.key, state.key, state.embedding, none, state.mask, state.scale)
-        same = (state.item[:, None] == target.item[..., None]) & (target.item > UNKNOWN)[..., None]
-        times = same.sum(2).to(found.affinity.dtype)
-        return Read(found.value[:, :, None], torch.stack([found.affinity, times.log1p()], 2)[..., self.given])
+        scalars = [found.affinity] if self.affinity else []
+        if self.counts:
+            same = (state.item[:, None] == target.item[..., None]) & (target.item > UNKNOWN)[..., None]
+            scalars.append(same.sum(2).to(found.affinity.dtype).log1p())
+        return Read(found.value[:, :, None], torch.stack(scalars, 2) if scalars else found.value[..., :0])
 
 
 class DinUnit(LongTerm):
