@@ -1,7 +1,9 @@
-# `make help` lists the targets. Settings: PRESET, PYTHON, ENCODE_HOME, TORCH_INDEX (where pip finds CPU wheels of torch).
+# `make help` lists the targets. Settings: PRESET, PYTHON, ENCODE_HOME, TORCH_INDEX (where pip finds CPU wheels of torch),
+# TEST_PROCESSES (each with servers of its own).
 PYTHON ?= python3.11
 PRESET ?= complete-journey
 TORCH_INDEX ?=
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -45,7 +47,7 @@ $(VENV)/installed-fuxictr: requirements-fuxictr.txt $(STAMP)
 	@touch $@
 
 test: $(VENV)/installed-spark $(VENV)/installed-bench $(VENV)/installed-fuxictr ## run the whole suite, with real servers
-	@exec $(BIN)/python -m pytest
+	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 check: $(STAMP) ## format, lint and type check
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from starlette.routing import Match
 from starlette.types import Scope
 
-from encode.serving.messages import RawBody, ScoreRequest
+from encode.serving.messages import ScoreRequest
 from encode.serving.problems import invalid, invalid_body
 from encode.serving.scoring import Scorer
 
@@ -47,8 +47,8 @@ def arrow_routes(scorer: Scorer) -> APIRouter:
     routes = APIRouter(route_class=_ArrowRoute)
 
     @routes.post("/v1/score", include_in_schema=False)
-    def score(request: Request, body: RawBody) -> Response:
-        asked = read_request(body)
+    async def score(request: Request) -> Response:
+        asked = read_request(await request.body())
         bundle = scorer.bundle(request, asked.user_id)
         scored = scorer.score(request, bundle, asked)
         told = {

@@ -14,6 +14,7 @@ from encode import __version__
 from encode.serving.bundle import Bundle
 from encode.serving.messages import Body, Fallbacks, Many, ScoreRequest, written
 from encode.serving.problems import InferenceProblem, documented, invalid, invalid_body
+from encode.serving.rollout import BY_ROLE
 from encode.serving.scoring import Scorer
 
 _NO_MODEL = (404, "there is no model of this name")
@@ -186,8 +187,8 @@ def inference_routes(scorer: Scorer, model_name: str) -> APIRouter:
         scorer.ready()
         return ModelReady(name=name, ready=True)
 
-    @routes.post("/models/{name}/infer", response_model=InferenceResponse)
-    def infer(name: str, request: Request, asked: InferenceRequest) -> Response:
+    @routes.post("/models/{name}/infer", response_model=InferenceResponse, openapi_extra=BY_ROLE)
+    async def infer(name: str, request: Request, asked: InferenceRequest) -> Response:
         """Return a probability for each item."""
         check(name)
         wanted = asked.asked()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from encode.serving.messages import MAX_CANDIDATES, Body, BundleInfo, Many, ScoreRequest, StrictId, written
 from encode.serving.problems import invalid, invalid_body
+from encode.serving.rollout import BY_ROLE
 from encode.serving.scoring import Scorer
 
 MAX_USERS = 100
@@ -95,7 +96,7 @@ def invocation_routes(scorer: Scorer) -> APIRouter:
     """Make the route."""
     routes = APIRouter(tags=["mlflow"])
 
-    @routes.post("/invocations", response_model=Predictions)
+    @routes.post("/invocations", response_model=Predictions, openapi_extra=BY_ROLE)
     def invocations(request: Request, asked: Invocation) -> Response:
         """Return a probability for each row; rows of one user are scored together."""
         places = _by_user(asked.rows())

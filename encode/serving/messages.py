@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from fastapi import Depends, Request, Response
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CANDIDATES = 5_000
@@ -50,16 +50,8 @@ class ScoreRequest(Body):
 
 
 def written(answer: BaseModel) -> Response:
-    """Return an answer as JSON, written in the thread of its route: FastAPI would change threads for it once more."""
+    """Return an answer as JSON, written here and now: FastAPI would change threads for it."""
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-async def _body(request: Request) -> bytes:
-    return await request.body()
-
-
-RawBody = Annotated[bytes, Depends(_body)]
-"""The body as it came, for routes that run in a thread."""
 
 
 class BundleInfo(BaseModel):

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,17 @@ from encode.serving.trial import NEVER_SLOW_MS, TIMES_SLOWER
 Role = Literal["champion", "challenger"]
 ROLE_HEADER = "X-Encode-Role"
 """Of a request: which bundle is to answer, whatever the user."""
+BY_ROLE: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": ROLE_HEADER,
+            "in": "header",
+            "description": "which bundle is to answer, whatever the user",
+            "schema": {"type": "string", "enum": list(get_args(Role))},
+        }
+    ]
+}
+"""What OpenAPI says of it: added to that of a route."""
 
 _FEWEST_FAILURES, _MOST_FAILED = 3, 0.01
 _WINDOW, _EVERY, _PROBATION = 200, 50, 1_000

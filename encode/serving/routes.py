@@ -19,6 +19,7 @@ from encode.serving.messages import (
     written,
 )
 from encode.serving.problems import Problem
+from encode.serving.rollout import BY_ROLE
 from encode.serving.scoring import Scorer, check_shard
 
 UNKNOWN_USER: dict[int | str, dict[str, Any]] = {
@@ -51,8 +52,8 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
         follower.look_now(again)
         return Status(status="looking")
 
-    @routes.post("/score", response_model=ScoreResponse, openapi_extra=score_also)
-    def score(request: Request, asked: ScoreRequest) -> Response:
+    @routes.post("/score", response_model=ScoreResponse, openapi_extra=score_also | BY_ROLE)
+    async def score(request: Request, asked: ScoreRequest) -> Response:
         """Return a probability for each candidate, in order, the bundle it came from, and what was assumed."""
         bundle = scorer.bundle(request, asked.user_id)
         scored = scorer.score(request, bundle, asked)
@@ -75,6 +76,7 @@ def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
         response_model=InterestsResponse,
         response_model_exclude_unset=True,
         responses=UNKNOWN_USER,
+        openapi_extra=BY_ROLE,
     )
     def interests(request: Request, user_id: Id, item_id: Id | None = None) -> dict[str, Any]:
         """Return a user's interests, largest first; with `item_id` also how much that item attends to each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +13,7 @@ from encode.serving.bundle import Behavior, Bundle, Scored
 from encode.serving.follower import Follower
 from encode.serving.messages import Fallbacks, ScoreRequest
 from encode.serving.metrics import Metrics
-from encode.serving.rollout import ROLE_HEADER, Rollout
+from encode.serving.rollout import ROLE_HEADER, Role, Rollout
 from encode.serving.shadow import Shadow
 from encode.serving.trial import Asked
 
@@ -97,12 +97,13 @@ class Scorer:
         )
 
     def _chosen(self, role: str | None, user_id: int | None) -> Bundle:
-        if role not in (None, "champion", "challenger"):
-            problem = {"type": "value_error", "loc": ("header", ROLE_HEADER), "msg": "expected champion or challenger"}
-            raise RequestValidationError([problem])
+        followed: tuple[str, ...] = get_args(Role) if self._rollout.challenger else ("champion",)
+        if role is not None and role not in followed:
+            message = f"expected {' or '.join(followed)}"
+            raise RequestValidationError([{"type": "value_error", "loc": ("header", ROLE_HEADER), "msg": message}])
         challenger = self.follower.challenger
         if role == "challenger" and challenger is None:
-            raise HTTPException(503, f"not ready: no challenger; {self.follower.error or 'none is followed'}", _RETRY)
+            raise HTTPException(503, f"not ready: no challenger; {self.follower.error or 'it is not loaded'}", _RETRY)
         wanted = role or ("champion" if user_id is None else self._rollout.role_of(user_id))
         return challenger if wanted == "challenger" and challenger is not None else self._bundle()
 

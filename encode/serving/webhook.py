@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, HTTPException, Request
 
 from encode.serving.follower import Follower
-from encode.serving.messages import RawBody, Status
+from encode.serving.messages import Status
 from encode.serving.problems import Problem
 
 PATH = "/v1/release/webhook"
@@ -34,8 +34,8 @@ def webhook_routes(follower: Follower, secret: str) -> APIRouter:
     routes = APIRouter(tags=["encode"])
 
     @routes.post(PATH, status_code=202, responses=_REFUSALS)
-    def told(
-        body: RawBody,
+    async def told(
+        request: Request,
         x_mlflow_delivery_id: Annotated[str, Header()] = "",
         x_mlflow_timestamp: Annotated[str, Header()] = "",
         x_mlflow_signature: Annotated[str, Header()] = "",
@@ -45,7 +45,7 @@ def webhook_routes(follower: Follower, secret: str) -> APIRouter:
             raise HTTPException(403, f"no webhooks are taken: {SECRET} is not set")
         if not _is_recent(x_mlflow_timestamp):
             raise HTTPException(403, f"expected a time within {_TOLERANCE_SECONDS} s of now")
-        expected = signature(secret, x_mlflow_delivery_id, x_mlflow_timestamp, body)
+        expected = signature(secret, x_mlflow_delivery_id, x_mlflow_timestamp, await request.body())
         if not hmac.compare_digest(expected.encode(), x_mlflow_signature.encode()):
             raise HTTPException(403, "the signature is not made with this secret")
         follower.look_now()

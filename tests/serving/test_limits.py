@@ -13,6 +13,8 @@ from encode.serving.bundle import Bundle
 from encode.serving.limits import Limits
 
 GOOD = {"user_id": 1, "item_ids": [10, 11]}
+ROWS = {"inputs": {"user_id": [1, 1], "item_id": [10, 11]}}
+"""For `/invocations`, which has a thread of its own: what waits there does not hold the event loop."""
 BODY = json.dumps(GOOD).encode()
 LENGTH = len(BODY)
 JSON = {"Content-Type": "application/json"}
@@ -124,11 +126,11 @@ def test_more_requests_than_places_are_told_to_come_back(make_app, go_on):
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://serving") as client:
-            two = [asyncio.create_task(client.post("/v1/score", json=GOOD)) for _ in range(2)]
+            two = [asyncio.create_task(client.post("/invocations", json=ROWS)) for _ in range(2)]
             while app.state.work.count < 2:
                 await asyncio.sleep(0.01)
             for _ in range(3):
-                refused = await client.post("/v1/score", json=GOOD)
+                refused = await client.post("/invocations", json=ROWS)
                 assert refused.status_code == 503
                 assert refused.headers["Retry-After"] == "1"
                 assert refused.json() == {"detail": "2 requests at work, which is the most; try again"}
@@ -138,7 +140,7 @@ def test_more_requests_than_places_are_told_to_come_back(make_app, go_on):
             assert "encode_shed_requests_total 3.0" in told
             go_on.set()
             assert [(await one).status_code for one in two] == [200, 200]
-            assert (await client.post("/v1/score", json=GOOD)).status_code == 200
+            assert (await client.post("/invocations", json=ROWS)).status_code == 200
             assert "encode_requests_at_work 0.0" in (await client.get("/metrics")).text
 
     asyncio.run(asyncio.wait_for(ask(), 60))
@@ -192,16 +194,16 @@ def test_a_request_over_its_deadline_is_answered_but_keeps_its_place_while_it_is
 
     async def ask():
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://serving") as client:
-            late = await client.post("/v1/score", json=GOOD)
+            late = await client.post("/invocations", json=ROWS)
             assert (late.status_code, late.json()) == (503, {"detail": "not answered in 0.2 s"})
             assert late.headers["Retry-After"] == "1"
-            assert (await client.post("/v1/score", json=GOOD)).json()["detail"].startswith("1 requests at work")
+            assert (await client.post("/invocations", json=ROWS)).json()["detail"].startswith("1 requests at work")
             assert (await client.get("/health")).status_code == 200
             go_on.set()
             while app.state.work.count:
                 await asyncio.sleep(0.01)
             app.state.follower.bundle.score(1, [10])
-            assert (await client.post("/v1/score", json=GOOD)).status_code == 200
+            assert (await client.post("/invocations", json=ROWS)).status_code == 200
 
     asyncio.run(asyncio.wait_for(ask(), 60))
 
