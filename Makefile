@@ -11,7 +11,7 @@ STAMP := $(VENV)/installed
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench-cluster bench-refresh bench-train bench-quality bench-serve bench-swaps bench-hammer down clean status
+.PHONY: help install run test check audit bench-cluster bench-refresh bench-train bench-quality bench-serve bench-swaps bench-hammer down clean status
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -53,6 +53,15 @@ check: $(STAMP) ## format, lint and type check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: $(STAMP) ## known vulnerabilities of the pinned requirements (asks osv.dev), and whether they fit together
+	@broken=$$($(BIN)/python -m pip check | grep -E ' requires | has requirement ' | grep -v '^fuxictr '); \
+	  test -z "$$broken" || { echo "$$broken"; exit 1; }
+	@test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit \
+	  && $(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@$(VENV)/audit/bin/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip --progress-spinner off \
+	  -r requirements.txt 2>$(VENV)/audit/err || { tail -1 $(VENV)/audit/err; \
+	  echo "audit: failed: a vulnerability above, or osv.dev was not reached, and then nothing is known"; exit 1; }
 
 status: ## show the state of the local stack
 	@$(BIN)/encode stack status

@@ -1,10 +1,19 @@
 """### Refresh every user's interests
 
 Clusters every user's whole history in each space that a champion or candidate needs, writes a snapshot to
-`interests/<space>/<snapshot>` and moves the space's pointer to it by one conditional put.
+`interests/<space>/<snapshot>` and moves the space's pointer to it by one conditional put. A snapshot of the same inputs
+is not made twice, and the pointer never goes back to an earlier day.
 
-Runs after new behaviors were validated, and after a candidate was trained. A snapshot of the same inputs is not
-made twice, and the pointer never goes back to an earlier day.
+Runs after new behaviors were validated, and after a candidate was trained; what comes while it runs is answered by one
+run. What comes while the DAG is paused is part of the run that the first event after that triggers.
+
+**Which day.** *As of* of the form; else the latest end of what triggered the run. If the histories in the store are of
+a later day already, it is that day: days that were validated late are then in. A run that is told no day fails.
+
+**When it fails.** Clear the task: it goes on where it stopped. *Damaged*: the message says what to remove first; it is
+made again. *Memory*: lower `refresh.memory_gb`. The snapshot before serves meanwhile.
+
+A *dry run* says which days are new, and in which spaces a snapshot would be written.
 """
 
 from __future__ import annotations
@@ -16,12 +25,10 @@ from encode_wiring import (
     CANDIDATE,
     COMMON,
     INTERESTS,
-    config,
     day_param,
-    made,
-    places,
+    dry_run_param,
     preset_param,
-    window,
+    resolved,
 )
 
 
@@ -30,6 +37,7 @@ from encode_wiring import (
     params={
         "preset": preset_param(),
         "as_of": day_param("As of", "Behaviors before this day are used. Empty: the end of what triggered the run."),
+        "dry_run": dry_run_param(),
     },
     doc_md=__doc__,
     **COMMON,
@@ -37,13 +45,16 @@ from encode_wiring import (
 def encode_refresh() -> None:
     """Wire the step."""
 
-    @task(outlets=[INTERESTS], doc_md="`encode.steps.refresh` as of the end of the run's days.")
+    @task(
+        outlets=[INTERESTS],
+        doc_md="`encode.steps.refresh` as of the end of the run's days. Its XCom has the snapshot of each space.",
+    )
     def refresh(*, outlet_events=None, **context):
-        from encode import steps
+        from encode import plan, steps
 
-        days = window(context)
-        summary = steps.refresh(config(context), places(), days.end)
-        outlet_events[INTERESTS].extra = made(context, end=str(days.end))
+        run = resolved(context)
+        summary = run.carry_out(steps.refresh, plan.refresh, run.days.end)
+        outlet_events[INTERESTS].extra = run.facts
         return summary
 
     refresh()

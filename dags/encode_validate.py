@@ -2,16 +2,25 @@
 
 Turns the raw partitions of some days, `raw/dt=D`, into behaviors, `behaviors/dt=D`. Rows that break the contract go to
 `quarantine/dt=D` with a reason each; Great Expectations judges each day, and its Data Docs page lies beside it.
+Days that are validated already are left alone.
 
-A day that misses its expectations fails the run, is not retried, and publishes nothing. Days that are validated
-already are left alone. Owners of a log trigger this DAG by an event of the asset `encode_raw` with `start` and `end`.
+**Which days.** *First day* and *End* of the form; else those of the `encode_raw` events that triggered the run; else
+the data interval: of a schedule (`ENCODE_VALIDATE_SCHEDULE`), of a backfill, or, with a schedule, the last one before
+the logical date of a manual run. A run that is told no days fails, and does nothing.
+
+**When it fails.** The end of the task's log says what, where, and the remedy. *No raw data*: land the days, then clear
+the task. *Day refused*: it misses its expectations, and the log names its page and its rejected rows; the other days
+are published. Correct the data or `validation` in the preset, then clear the task: only what is missing is done. Such
+errors are not retried. Those of the network and the store are, three times, as is a task whose process was killed.
+
+A *dry run* says which days have raw data, which are done, and what would be written.
 """
 
 from __future__ import annotations
 
 from airflow.sdk import dag, task
 
-from encode_wiring import BEHAVIORS, COMMON, RAW, config, day_param, made, places, preset_param, schedule, window
+from encode_wiring import BEHAVIORS, COMMON, RAW, day_param, dry_run_param, preset_param, resolved, schedule
 
 
 @dag(
@@ -20,6 +29,7 @@ from encode_wiring import BEHAVIORS, COMMON, RAW, config, day_param, made, place
         "preset": preset_param(),
         "start": day_param("First day", "Empty: the day before the end, or the days that triggered the run."),
         "end": day_param("End", "The first day that is not validated. Empty: the day after the first day."),
+        "dry_run": dry_run_param(),
     },
     doc_md=__doc__,
     **COMMON,
@@ -27,13 +37,17 @@ from encode_wiring import BEHAVIORS, COMMON, RAW, config, day_param, made, place
 def encode_validate() -> None:
     """Wire the step."""
 
-    @task(outlets=[BEHAVIORS], doc_md="`encode.steps.validate` for the days of the run.")
+    @task(
+        outlets=[BEHAVIORS],
+        doc_md="`encode.steps.validate` for the days of the run. Its XCom has the counts and the address of each day's "
+        "page. To run it again, clear it: what is published stays and is not done twice.",
+    )
     def validate(*, outlet_events=None, **context):
-        from encode import steps
+        from encode import plan, steps
 
-        days = window(context)
-        summary = steps.validate(config(context), places(), days)
-        outlet_events[BEHAVIORS].extra = made(context, start=str(days.start), end=str(days.end))
+        run = resolved(context)
+        summary = run.carry_out(steps.validate, plan.validate, run.days)
+        outlet_events[BEHAVIORS].extra = run.facts
         return summary
 
     validate()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +18,16 @@ from airflow.sdk import (
     Param,
     RetryAction,
     RetryRule,
+    get_current_context,
 )
-from airflow.sdk.exceptions import AirflowNotFoundException
+from airflow.sdk.exceptions import AirflowNotFoundException, AirflowSkipException
 
 from encode.config import Config, Places, presets
 
 if TYPE_CHECKING:
     from encode.schema import Window
 
-DEFAULT_PRESET = os.environ.get("ENCODE_PRESET", "complete-journey")
+DEFAULT_PRESET = os.environ.get("ENCODE_PRESET") or "complete-journey"
 
 RAW = Asset("encode_raw")
 BEHAVIORS = Asset("encode_behaviors")
@@ -53,7 +57,7 @@ def preset_param() -> Param:
     return Param(
         None,
         type=["null", "string"],
-        minLength=1,
+        pattern=rf"^({'|'.join(map(re.escape, presets()))}|.+\.ya?ml)$",
         title="Preset",
         description="Settings of the log: a preset of the package, or the path of a YAML file on the workers. "
         f"Empty: that of what triggered the run, else {DEFAULT_PRESET} (ENCODE_PRESET).",
@@ -66,6 +70,16 @@ def day_param(title: str, description: str) -> Param:
     return Param(None, type=["null", "string"], format="date", title=title, description=description)
 
 
+def dry_run_param() -> Param:
+    """Return the switch of the trigger form that makes a run say what it would do."""
+    return Param(
+        False,
+        type="boolean",
+        title="Dry run",
+        description="Only say in the log of the task what would be done: nothing is written, nothing is triggered.",
+    )
+
+
 def schedule(variable: str, *assets: Asset) -> Any:
     """Return the assets as a schedule, joined by the cron expression in an environment variable if it is set."""
     cron = os.environ.get(variable)
@@ -75,11 +89,55 @@ def schedule(variable: str, *assets: Asset) -> Any:
     return AssetOrTimeSchedule(timetable=timetable, assets=list(assets)) if assets else timetable
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked for, resolved."""
+
+    preset: str
+    config: Config
+    days: Window | None
+    """None where the DAG is not about days."""
+    dry_run: bool
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Return what summary and asset events of the run say of it; the runs that these trigger take its preset."""
+        from encode.schema import fingerprint
+
+        facts = {"preset": self.preset, "settings": fingerprint(self.config.model_dump(mode="json"))}
+        return facts | ({"start": str(self.days.start), "end": str(self.days.end)} if self.days else {})
+
+    def carry_out(self, step: Callable[..., Any], plan: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """Return the summary of a step; of a dry run call its plan, keep what that returns as XCom `plan`, and skip."""
+        if not self.dry_run:
+            return step(self.config, places(), *arguments) | self.facts
+        get_current_context()["ti"].xcom_push("plan", plan(self.config, places(), *arguments) | self.facts)
+        raise AirflowSkipException("dry run: nothing was done")
+
+
+def resolved(context: Any, *, days: bool = True) -> Run:
+    """Resolve what a run was asked for, and say it.
+
+    Raises:
+        ConfigError: a parameter or a setting is unknown, or nothing says which days are meant.
+    """
+    from encode.errors import ConfigError
+
+    params, known = context["params"], context["dag"].params
+    # Airflow takes names that are not in the form, and would do something else than was asked for.
+    if unknown := sorted((context["dag_run"].conf or {}).keys() - known.keys()):
+        raise ConfigError(f"trigger: unknown parameters {', '.join(unknown)}; expected some of {', '.join(known)}")
+    preset = _preset(context)
+    run = Run(preset, config(context), window(context) if days else None, bool(params.get("dry_run")))
+    print(f"preset {preset}, settings {run.facts['settings'][:12]}" + (f", days {run.days}" if days else ""))
+    return run
+
+
 def config(context: Any) -> Config:
     """Load the settings of a run: of its preset, else of the preset of what triggered it, else of the default."""
     from encode.steps import load_config
 
-    return load_config(_preset(context) or DEFAULT_PRESET)
+    return load_config(_preset(context))
 
 
 def window(context: Any) -> Window:
@@ -91,29 +149,30 @@ def window(context: Any) -> Window:
         params.get("start"),
         params.get("end") or params.get("as_of"),
         run.partition_key,
-        [event for event in _events(context) if event.get("end")],
+        [event for event in _events(context) if event.keys() & {"start", "end"}],
         (run.data_interval_start, run.data_interval_end),
     )
 
 
-def made(context: Any, **facts: str) -> dict[str, str]:
-    """Return what an asset event says, so that the runs that it triggers use the same settings."""
-    preset = _preset(context)
-    return facts | ({"preset": preset} if preset else {})
+def _preset(context: Any) -> str:
+    named = [event["preset"] for event in _events(context) if "preset" in event]
+    return context["params"].get("preset") or next(iter(named), DEFAULT_PRESET)
 
 
-def _preset(context: Any) -> str | None:
-    named = [event["preset"] for event in _events(context) if event.get("preset")]
-    return context["params"].get("preset") or next(iter(named), None)
-
-
-def _events(context: Any) -> list[dict[str, Any]]:
-    return [event.extra for events in context["triggering_asset_events"].values() for event in events]
+def _events(context: Any) -> list[dict[str, str]]:
+    """Return what the asset events that triggered a run say, as text; people post them, too."""
+    extras = [event.extra or {} for events in context["triggering_asset_events"].values() for event in events]
+    return [{name: str(value) for name, value in extra.items() if value} for extra in extras]
 
 
 def places() -> Places:
-    """Return where to read and write, from the connections encode_{store,mlflow,serving,spark}."""
-    store, mlflow, serving = (Connection.get(f"encode_{name}") for name in ("store", "mlflow", "serving"))
+    """Return where to read and write, from the connections encode_{store,mlflow,serving,spark}.
+
+    Where there is a connection `DAG_store`, as encode_train_store, that DAG uses it instead of encode_store: with a key
+    that may do no more than the DAG needs.
+    """
+    store = _connection(f"{get_current_context()['dag'].dag_id}_store") or Connection.get("encode_store")
+    mlflow, serving = (Connection.get(f"encode_{name}") for name in ("mlflow", "serving"))
     extra = store.extra_dejson
     return Places(
         store="/".join(["s3:/", store.host, *filter(None, [extra.get("prefix")])]),
@@ -132,10 +191,17 @@ def places() -> Places:
 
 def _spark_master() -> str | None:
     """Return what the connection encode_spark names: `master` in its extra, or its host and port. It may be absent."""
-    try:
-        spark = Connection.get("encode_spark")
-    except AirflowNotFoundException:
+    spark = _connection("encode_spark")
+    if spark is None:
         return None
     host = spark.host or ""
     address = f"{'' if '://' in host else 'spark://'}{host}:{spark.port}" if spark.port else host
     return spark.extra_dejson.get("master") or address or None
+
+
+def _connection(name: str) -> Connection | None:
+    """Return a connection, or None where there is none of that name."""
+    try:
+        return Connection.get(name)
+    except AirflowNotFoundException:
+        return None

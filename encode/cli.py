@@ -93,18 +93,63 @@ def _parser() -> argparse.ArgumentParser:
     validate = with_step(add("validate", _validate, "turn raw partitions into behaviors and quarantine"))
     validate.add_argument("--start", metavar="DAY", help="first day, YYYY-MM-DD")
     validate.add_argument("--end", metavar="DAY", help="first day that is not validated (default: one day)")
+    _with_dry_run(validate)
+    text = "judge anew what is in quarantine, and add what is good by now"
+    replay = with_step(add("replay", _replay, text))
+    replay.add_argument("--start", metavar="DAY", help="first day, YYYY-MM-DD")
+    replay.add_argument("--end", metavar="DAY", help="first day that is not replayed (default: one day)")
+    docs = with_step(add("docs", _docs, "fetch what validation said: an index over the days, and a day's Data Docs"))
+    docs.add_argument("day", nargs="?", metavar="DAY", help="also show why its rows were rejected, YYYY-MM-DD")
+    docs.add_argument("--start", metavar="DAY", help="first day of the index (default: all days)")
+    docs.add_argument("--end", metavar="DAY", help="first day that is not in the index (default: one day)")
+    docs.add_argument(
+        "--to", type=Path, default=HOME / "docs", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
     train = with_step(add("train", _train, "train space and CTR model, register a candidate"))
     train.add_argument("--as-of", metavar="DAY", required=True, help="use behaviors before this day")
+    _with_dry_run(train)
     refresh = with_step(add("refresh", _refresh, "refresh every user's interests and publish the snapshot"))
     refresh.add_argument("--as-of", metavar="DAY", required=True, help="use behaviors before this day")
-    with_step(add("release", _release, "let the candidate serve if it passes its gates"))
-    with_step(add("rollback", _rollback, "make the champion before this one serve again"))
-    erase = with_step(add("erase", _erase, "keep users out of everything that is made from now on"))
-    erase.add_argument("users", type=int, nargs="+", metavar="USER", help="user id")
+    _with_dry_run(refresh)
+    release = with_step(add("release", _release, "let the candidate serve if it passes its gates"))
+    decided = release.add_mutually_exclusive_group()
+    decided.add_argument(
+        "--approve", metavar="VERSION", help="you looked at its report: with release.approval it serves"
+    )
+    decided.add_argument("--refuse", metavar="VERSION", help="it must not serve, whatever its gates say; give --reason")
+    release.add_argument("--reason", metavar="TEXT", help="why it is refused")
+    rollback = with_step(add("rollback", _rollback, "make the champion before this one serve again"))
+    rollback.add_argument("--to", metavar="VERSION", help="another version that was champion (default: the one before)")
+    rollback.add_argument("--reason", metavar="TEXT", help="noted on the version that is left")
+    _add_erasure(add, with_step)
     _add_serving(add, with_step)
+    _add_watching(add, with_step)
     _add_bench(commands)
     _add_stack(commands, add, with_step)
     return parser
+
+
+def _add_erasure(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
+    text = "keep users out of everything that is made from now on, and say where they still are"
+    erase = with_step(add("erase", _erase, text))
+    erase.add_argument("users", type=int, nargs="+", metavar="USER", help="user id")
+    erase.add_argument("--check", action="store_true", help="only say where they still are")
+    prune = with_step(add("prune", _prune, "remove old histories and snapshots that nothing reaches"))
+    prune.add_argument(
+        "--keep-snapshots",
+        type=_at_least(3),
+        default=3,
+        metavar="N",
+        help="of each space, at least (default: %(default)s)",
+    )
+    prune.add_argument(
+        "--older-than",
+        type=_at_least(1),
+        default=7,
+        metavar="DAYS",
+        help="than the current one (default: %(default)s)",
+    )
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
 
 
 def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
@@ -167,6 +212,35 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     explain.add_argument("--item", type=int, help="also show how much this item attends to each interest")
 
 
+def _add_watching(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
+    lineage = with_step(add("lineage", _lineage, "show what a score, snapshot, version or partition was made from"))
+    lineage.add_argument(
+        "what",
+        metavar="WHAT",
+        help="a score (its JSON as a file, or - for stdin), a bundle id, a snapshot, behaviors/dt=DAY or raw/dt=DAY, "
+        "the number of a model version, or any output by its key",
+    )
+    lineage.add_argument("--verify", action="store_true", help="also read every file, and check it by its digest")
+    monitor = with_step(add("monitor", _monitor, "measure what serves: its age, its drift, its skew"))
+    monitor.add_argument("--as-of", metavar="DAY", required=True, help="ages are counted to the start of this day")
+    monitor.add_argument(
+        "--score-days",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="also score the behaviors of the N newest days as training did (default: none)",
+    )
+    feedback = with_step(add("feedback", _feedback, "measure logged scores by what came of them, day by day"))
+    feedback.add_argument(
+        "source",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="Parquet file, or a folder (default: feedback/ in the store)",
+    )
+    feedback.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as .png, .svg or .pdf")
+
+
 def _add_bench(commands: Any) -> None:
     from encode.quality.command import add_options, run
 
@@ -202,6 +276,10 @@ def _with_ports(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dags", type=Path, default=Path("dags"), help="folder of the DAGs (default: %(default)s)")
     for name, port in (("serving", 8000), ("mlflow", 5000), ("airflow", 8080), ("objectstore", 8333)):
         command.add_argument(f"--{name}-port", type=int, help=f"default: {port}, or a free one if it is taken")
+
+
+def _with_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="only say what would be done, and write nothing")
 
 
 def _at_least(least: float) -> Callable[[str], float]:
@@ -294,45 +372,81 @@ def _land(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> None:
+    from encode import plan, steps
+    from encode.schema import resolve_window
+
+    window = resolve_window(options.start, options.end)
+    step = plan.validate if options.dry_run else steps.validate
+    _show(options, step(_config(options), _places(options), window, _say(options)))
+
+
+def _replay(options: argparse.Namespace) -> None:
     from encode import steps
     from encode.schema import resolve_window
 
     window = resolve_window(options.start, options.end)
-    _show(options, steps.validate(_config(options), _places(options), window, _say(options)))
+    _show(options, steps.replay(_config(options), _places(options), window, _say(options)))
+
+
+def _docs(options: argparse.Namespace) -> None:
+    from encode import steps
+    from encode.schema import parse_day, resolve_window
+
+    day = parse_day(options.day, "day") if options.day else None
+    window = resolve_window(options.start, options.end) if options.start or options.end else None
+    _show(options, steps.docs(_config(options), _places(options), options.to, day, window, _say(options)))
 
 
 def _train(options: argparse.Namespace) -> None:
-    from encode import steps
+    from encode import plan, steps
     from encode.schema import parse_day
 
     as_of = parse_day(options.as_of, "--as-of")
-    _show(options, steps.train(_config(options), _places(options), as_of, _say(options)))
+    step = plan.train if options.dry_run else steps.train
+    _show(options, step(_config(options), _places(options), as_of, _say(options)))
 
 
 def _refresh(options: argparse.Namespace) -> None:
-    from encode import steps
+    from encode import plan, steps
     from encode.schema import parse_day
 
     as_of = parse_day(options.as_of, "--as-of")
-    _show(options, steps.refresh(_config(options), _places(options), as_of, _say(options)))
+    step = plan.refresh if options.dry_run else steps.refresh
+    _show(options, step(_config(options), _places(options), as_of, _say(options)))
 
 
 def _release(options: argparse.Namespace) -> None:
     from encode import steps
+    from encode.errors import ConfigError
 
-    _show(options, steps.release(_config(options), _places(options), _say(options)))
+    config, places, say = _config(options), _places(options), _say(options)
+    if bool(options.refuse) != bool(options.reason):
+        raise ConfigError("release: --refuse VERSION and --reason TEXT belong together")
+    if options.refuse:
+        _show(options, steps.refuse(config, places, options.refuse, options.reason, say))
+    else:
+        _show(options, steps.release(config, places, say, approve=options.approve))
 
 
 def _rollback(options: argparse.Namespace) -> None:
     from encode import steps
 
-    _show(options, steps.rollback(_config(options), _places(options), _say(options)))
+    config, places, say = _config(options), _places(options), _say(options)
+    _show(options, steps.rollback(config, places, say, options.to, options.reason))
 
 
 def _erase(options: argparse.Namespace) -> None:
     from encode import steps
 
-    _show(options, steps.erase(_config(options), _places(options), options.users, _say(options)))
+    act = steps.remains if options.check else steps.erase
+    _show(options, act(_config(options), _places(options), options.users, _say(options)))
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from encode import steps
+
+    keep, days = options.keep_snapshots, options.older_than
+    _show(options, steps.prune(_config(options), _places(options), keep, days, options.dry_run, _say(options)))
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -353,7 +467,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     from encode.serving.app import create_app
     from encode.serving.limits import Limits
-    from encode.serving.local_snapshot import Shard
+    from encode.serving.local_snapshot import Shard, claimed
     from encode.serving.rollout import Rollout
     from encode.serving.server import serve
     from encode.serving.webhook import SECRET
@@ -375,7 +489,8 @@ def _serve(options: argparse.Namespace) -> None:
         ),
         webhook_secret=environment.get(SECRET, ""),
     )
-    serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
+    with claimed(options.cache):
+        serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
 
 
 def _webhook(options: argparse.Namespace) -> None:
@@ -427,6 +542,65 @@ def _explain(options: argparse.Namespace) -> None:
     if answer.get("unknown_item"):
         print(f"item {options.item} is unknown: its attention is that of an average new item")
     _print_origin(answer)
+
+
+def _lineage(options: argparse.Namespace) -> None:
+    from encode.errors import ArtifactError
+    from encode.lineage import Lineage
+    from encode.lineage_text import tree
+    from encode.registry import Registry
+    from encode.storage import open_storage
+
+    places = _places(options)
+    lineage = Lineage(
+        open_storage(places, writing=False), Registry(places, _config(options).registry), verify=options.verify
+    )
+    if options.what == "-" or Path(options.what).is_file():
+        data = sys.stdin.buffer.read() if options.what == "-" else Path(options.what).read_bytes()
+        found = lineage.of_score(data, "stdin" if options.what == "-" else options.what)
+    else:
+        found = lineage.trace(options.what)
+    _show(options, found.as_json())
+    if not options.json:
+        for line in tree(found):
+            print(line)
+    if problems := found.all_problems():
+        raise ArtifactError(f"lineage: {len(problems)} links are missing, damaged or not as recorded")
+
+
+def _monitor(options: argparse.Namespace) -> None:
+    from encode.monitoring.watch import Watch, lines
+    from encode.registry import Registry
+    from encode.schema import parse_day
+    from encode.storage import open_storage
+
+    as_of, config, places = parse_day(options.as_of, "--as-of"), _config(options), _places(options)
+    storage, registry = open_storage(places, writing=False), Registry(places, config.registry)
+    told = Watch(storage, registry, as_of, _say(options)).look(options.score_days, config.training)
+    _show(options, told)
+    if not options.json:
+        print("\n".join(lines(told)))
+
+
+def _feedback(options: argparse.Namespace) -> None:
+    from encode.errors import ConfigError
+    from encode.lineage import Lineage
+    from encode.monitoring.feedback import measure, plot
+    from encode.monitoring.watch import lines
+    from encode.registry import Registry
+    from encode.storage import open_storage
+
+    if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot: found {options.plot}, expected a name that ends in .png, .svg or .pdf")
+    places = _places(options)
+    storage = open_storage(places, writing=False)
+    told = measure(storage, Lineage(storage, Registry(places, _config(options).registry)), options.source)
+    if options.plot:
+        plot(told).savefig(options.plot)
+    _show(options, told)
+    if not options.json:
+        print("\n".join(lines({one.pop("day"): one for one in told["days"]}, depth=1)))
+        print("\n".join(lines({"whole": told["whole"], "bundles": told["bundles"]}, depth=1)))
 
 
 def _print_origin(answer: Mapping[str, Any]) -> None:

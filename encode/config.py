@@ -12,8 +12,9 @@ from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from encode.errors import ConfigError
 
@@ -60,6 +61,25 @@ class SourceConfig(Section):
     generator: GeneratorConfig = GeneratorConfig()
 
 
+class TrendsConfig(Section):
+    """How much a day may differ from those before it before that is said. It never refuses a day."""
+
+    days: Positive = 28
+    """Validated days that a day is compared with, the last before it."""
+    min_days: Annotated[int, Field(ge=3)] = 7
+    """With fewer of them there is no comparison."""
+    width: Annotated[float, Field(gt=0)] = 5.0
+    """Half the width of the usual band, in robust standard deviations (1.4826 x median absolute deviation)."""
+    min_change: Annotated[float, Field(gt=0)] = 0.25
+    """Relative change of a count or a share that is usual, however little it changed before."""
+    min_share: Share = 0.005
+    """Change of a share, of all rows, that is usual."""
+    min_psi: Annotated[float, Field(ge=0)] = 0.1
+    """Population stability index of hours or categories that is usual."""
+    min_expected: Positive = 20
+    """Rows that a category or a behavior would have today before its absence is said."""
+
+
 class ValidationConfig(Section):
     """What a daily partition must be like."""
 
@@ -71,6 +91,7 @@ class ValidationConfig(Section):
     min_users: Annotated[int, Field(ge=0)] = 1
     reject_duplicates: bool = True
     """Reject a row that equals an earlier row of its day in all five columns."""
+    trends: TrendsConfig = TrendsConfig()
 
 
 class ModelConfig(Section):
@@ -210,8 +231,24 @@ class ReleaseConfig(Section):
     """Mean predicted over mean observed, lowest and highest allowed."""
     min_coverage: Share = 0.9
     """Share of the test window's users that the snapshot must hold."""
+    max_parity: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest difference of a probability between serving and the replay that measures the model."""
+    max_latency_ms: Annotated[float, Field(gt=0)] = 50.0
+    """For 1,000 candidates of one user, median, on one thread."""
+    max_size_mb: Annotated[float, Field(gt=0)] = 4096.0
+    """Megabytes (10^6 bytes) of weights and space, which every serving process holds in memory."""
     max_auc_loss: Share = 0.002
-    """AUC that a candidate may lose to the champion, both measured on the candidate's test window."""
+    """AUC that a candidate may lose to the champion; this and what follows are measured on the candidate's test window,
+    on the same impressions."""
+    max_gauc_loss: Share = 0.005
+    max_logloss_gain: Annotated[float, Field(ge=0)] = 0.005
+    """Log loss by which a candidate may be worse than the champion, nats."""
+    max_miscalibration_gain: Annotated[float, Field(ge=0)] = 0.1
+    """By how much a candidate's calibration may be further from 1 than the champion's."""
+    min_coverage_of_champion: Share = 0.9
+    """Share of the users in the champion's snapshot, without erased ones, that the candidate's must hold, too."""
+    approval: bool = False
+    """A person approves what has passed the gates before it serves."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -326,6 +363,19 @@ class Places(Section):
     """`spark://host:port`, `yarn`, `k8s://...`, `local-cluster[n,cores,MiB]`: for `refresh.engine: spark`."""
     scratch: Path | None = None
     """Folder for rows on their way to their buckets; None takes the system's folder for temporary files."""
+
+    @field_validator("endpoint_url", "tracking_uri", "serving_url")
+    @classmethod
+    def _check(cls, address: str | None) -> str | None:
+        """Refuse a name or a password in an address: addresses are logged, and registered with the model."""
+        parts = urlsplit(address or "")
+        if parts.scheme in ("http", "https") and "@" in parts.netloc:
+            raise ConfigError(
+                f"address of {parts.hostname}: holds a user name or a password, which would be shown wherever the "
+                "address is; give the keys of the store as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, those of "
+                "MLflow as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, that of serving as ENCODE_SERVING_KEY"
+            )
+        return address
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

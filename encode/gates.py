@@ -1,24 +1,35 @@
-"""The gates between a candidate and production: absolute floors, and a comparison with the champion."""
+"""The gates between a candidate and production: what a bundle is worth on the test days and what it costs, and limits.
+
+I impressions
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from encode.config import Config, Places
-from encode.data.histories import Histories, read_histories
-from encode.errors import QualityError
-from encode.interests.snapshots import read_space
-from encode.model.files import load_model
-from encode.registry import REFUSED, Registry, Version
+from encode.config import ReleaseConfig, TrainingConfig
+from encode.data.histories import Histories, rows_of, to_batch
+from encode.data.impressions import draw_impressions, snapshot_times
+from encode.evaluate.metrics import curves, summary
+from encode.evaluate.reading import predict
+from encode.evaluate.replay import Replay, make_replay
+from encode.interests.clustered import cluster_histories
+from encode.interests.extract import extract, state_of
+from encode.model.files import UserState
 from encode.schema import Window, day_start
 from encode.serving.bundle import Bundle
-from encode.storage import open_storage
-from encode.train import evaluate
+from encode.serving.local_snapshot import LocalSnapshot
+from encode.serving.trial import median_ms
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+_PARITY_HISTORIES, _PARITY_IMPRESSIONS = 64, 8
+"""Histories whose scores are compared, spread evenly over all users, and impressions of each at most."""
 
 
 @dataclass(frozen=True)
@@ -29,72 +40,153 @@ class Gate:
     value: float
     lowest: float = float("-inf")
     highest: float = float("inf")
+    champion: float | None = None
+    """The same of the champion, for people to compare."""
 
     @property
     def passed(self) -> bool:
         """Tell whether the value is in range; NaN never is."""
         return self.lowest <= self.value <= self.highest
 
-    def __str__(self) -> str:
+    @property
+    def limit(self) -> str:
+        """The range in words."""
         bounds = [f">= {self.lowest:g}"] * (self.lowest > float("-inf"))
         bounds += [f"<= {self.highest:g}"] * (self.highest < float("inf"))
-        return f"{self.name} {self.value:.4f} ({' and '.join(bounds)})"
+        return " and ".join(bounds)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.4g} ({self.limit})"
 
 
-def pass_gates(
-    config: Config,
-    places: Places,
-    registry: Registry,
-    candidate: Version,
-    champion: Version | None,
-    bundle: Bundle,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Judge a candidate; a refusal is noted on its version so that it is not tried again.
+@dataclass(frozen=True)
+class Measured:
+    """A bundle on the impressions of the test days."""
 
-    Champion and candidate are both measured anew on the candidate's test days, on the same impressions.
+    metrics: dict[str, float]
+    """Of `evaluate.metrics.summary`; and `coverage`, `parity`, `latency_ms` and `size_mb`, see `measure`."""
+    curves: dict[str, list[dict[str, float]]]
+    """Of `evaluate.metrics.curves`."""
+    probabilities: Floats
+    """[I]"""
 
-    Returns:
-        Each gate's value.
+
+def measure(bundle: Bundle, histories: Histories, days: Window, config: TrainingConfig) -> Measured:
+    """Replay the impressions of some days with a bundle's model, and ask its engine.
+
+    The same days, histories and settings give the same impressions for every bundle, so that two can be compared.
+
+    Beside the metrics of the replay: `coverage`, the share of the days' users that the snapshot holds; `parity`, see
+    there; `latency_ms`, the median for 1,000 candidates on one thread; `size_mb`, megabytes of weights and space.
+
+    Args:
+        bundle: loaded and checked.
+        histories: all behaviors before the end of the days.
+        days: whose behaviors are predicted.
+        config: sampling of the impressions and age of snapshots.
 
     Raises:
-        QualityError: a gate is missed.
+        DataError: the days hold no positive.
     """
-    storage = open_storage(places)
-    card = bundle.card
-    test = Window(card.as_of - timedelta(days=card.test_days), card.as_of)
-    histories, _ = read_histories(storage, card.as_of, say=say)
-    metrics, limits = card.metrics, config.release
-    gates = [
-        Gate("auc", metrics["auc"], lowest=limits.min_auc),
-        Gate("gauc", metrics["gauc"], lowest=limits.min_gauc),
-        Gate("auc_first_time", metrics["auc_first_time"], lowest=limits.min_auc_first_time),
-        Gate("logloss", metrics["logloss"], highest=limits.max_logloss),
-        Gate("calibration", metrics["calibration"], *limits.calibration),
-        Gate("coverage", coverage(histories, test, bundle), lowest=limits.min_coverage),
-    ]
-    if champion is not None:
-        old_card, reader = load_model(registry.files(champion), f"version {champion.number}")
-        old = evaluate(read_space(storage, old_card.space), reader, histories, test, config.training)
-        new = evaluate(bundle.space, bundle.reader, histories, test, config.training)
-        say(f"on the same days: champion version {champion.number} auc {old['auc']:.4f}, candidate {new['auc']:.4f}")
-        gates.append(Gate("auc_over_champion", new["auc"] - old["auc"], lowest=-limits.max_auc_loss))
-    for gate in gates:
-        say(f"gate {'passed' if gate.passed else 'MISSED'}: {gate}")
-    missed = [str(gate) for gate in gates if not gate.passed]
-    if missed:
-        registry.tag(candidate, REFUSED, "; ".join(missed))
-        serves = "the champion still serves" if champion is not None else "there is no champion yet, nothing serves"
-        raise QualityError(
-            f"version {candidate.number} misses its gates: {'; '.join(missed)}; {serves}. "
-            "Train another candidate, or change the release section of the preset if the gate is wrong"
-        )
-    return {gate.name: gate.value for gate in gates}
-
-
-def coverage(histories: Histories, test: Window, bundle: Bundle) -> float:
-    """Return the share of the test days' users that the bundle's snapshot holds."""
-    active = (histories.timestamps >= day_start(test.start)) & (histories.timestamps < day_start(test.end))
+    impressions = draw_impressions(histories, days, config, config.max_eval_positives)
+    as_of = snapshot_times(impressions, days, config.snapshot_days)
+    settings = bundle.space.config
+    replay = make_replay(histories, impressions, as_of, bundle.space.vocabulary, settings.recent_length)
+    offline = partial(cluster_histories, clustering=settings.clustering)
+    probabilities = predict(bundle.space.items, bundle.reader, replay, offline)
+    metrics = summary(impressions.user, impressions.labels, probabilities, impressions.first_time)
+    active = (histories.timestamps >= day_start(days.start)) & (histories.timestamps < day_start(days.end))
     users = np.unique(histories.user_ids[histories.user_of[active]])
-    held = sum(int(np.isin(users, ids, assume_unique=True).sum()) for ids in bundle.snapshot.user_ids())
+    weights = sum(weight.numel() * weight.element_size() for weight in bundle.reader.state_dict().values())
+    metrics |= {
+        "coverage": share_held(users, bundle.snapshot),
+        "parity": parity(bundle, histories, replay, probabilities),
+        "latency_ms": _latency_ms(bundle),
+        "size_mb": (weights + sum(map(len, bundle.space.files.values()))) / 1e6,
+    }
+    return Measured(metrics, curves(impressions.labels, probabilities, replay.history_lengths()), probabilities)
+
+
+def _latency_ms(bundle: Bundle) -> float:
+    """Time a bundle on one thread, as the serving process runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return median_ms(bundle)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def parity(bundle: Bundle, histories: Histories, replay: Replay, probabilities: Floats) -> float:
+    """Return how far serving is from the replay: the largest difference of a probability, on a sample of impressions.
+
+    The sample's interests are extracted as the refresh does, and scored by the bundle's engine. NaN if any score is.
+
+    Args:
+        bundle: whose space and engine are asked.
+        histories: that were replayed.
+        replay: of the bundle's space.
+        probabilities: that the replay gave, [I].
+    """
+    count = len(replay.history_begin)
+    chosen = np.unique(np.linspace(0, count - 1, _PARITY_HISTORIES).astype(np.int64))
+    rows, offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
+    columns = (histories.item_ids, histories.category_ids, histories.timestamps)
+    batch = to_batch(replay.history_user_ids[chosen], offsets, [column[rows] for column in columns])
+    interests = extract(batch, bundle.space)
+    differences = []
+    for place, history in enumerate(chosen):
+        row = {name: interests.column(name)[place] for name in interests.schema.names}
+        known = state_of(row, bundle.space).known
+        first, last = replay.impression_offsets[history : history + 2]
+        for shown in range(first, min(last, first + _PARITY_IMPRESSIONS)):
+            since = replay.behavior_index[replay.recent_begin[shown] : replay.recent_end[shown]]
+            recent = torch.from_numpy(np.pad(since, (0, replay.recent_length - len(since))))
+            target = torch.from_numpy(replay.target_index[shown : shown + 1])
+            served = bundle.engine.score_user(UserState(known, recent), target)
+            differences.append(abs(served.item() - float(probabilities[shown])))
+    return float(np.max(differences))
+
+
+def share_held(users: Ints, snapshot: LocalSnapshot) -> float:
+    """Return the share of some users, ascending and each once, that a snapshot holds; 0 where there is none."""
+    held = sum(int(np.isin(users, ids, assume_unique=True).sum()) for ids in snapshot.user_ids())
     return held / max(len(users), 1)
+
+
+def gates_of(
+    candidate: Measured, champion: Measured | None, champions_users: float | None, limits: ReleaseConfig
+) -> list[Gate]:
+    """Hold what was measured against its limits.
+
+    Args:
+        candidate: what is to serve.
+        champion: what serves, on the same impressions; None where nothing does.
+        champions_users: share of the users of the champion's snapshot that the candidate's holds, too.
+        limits: for each value.
+    """
+    new, old = candidate.metrics, champion.metrics if champion else {}
+    inf = float("inf")
+    absolute = {
+        "auc": (limits.min_auc, inf),
+        "gauc": (limits.min_gauc, inf),
+        "auc_first_time": (limits.min_auc_first_time, inf),
+        "logloss": (-inf, limits.max_logloss),
+        "calibration": limits.calibration,
+        "coverage": (limits.min_coverage, inf),
+        "parity": (-inf, limits.max_parity),
+        "latency_ms": (-inf, limits.max_latency_ms),
+        "size_mb": (-inf, limits.max_size_mb),
+    }
+    gates = [Gate(name, new[name], *bounds, champion=old.get(name)) for name, bounds in absolute.items()]
+    if champion is None or champions_users is None:
+        return gates
+    away = abs(new["calibration"] - 1) - abs(old["calibration"] - 1)
+    return [
+        *gates,
+        Gate("auc_over_champion", new["auc"] - old["auc"], lowest=-limits.max_auc_loss),
+        Gate("gauc_over_champion", new["gauc"] - old["gauc"], lowest=-limits.max_gauc_loss),
+        Gate("logloss_over_champion", new["logloss"] - old["logloss"], highest=limits.max_logloss_gain),
+        Gate("miscalibration_over_champion", away, highest=limits.max_miscalibration_gain),
+        Gate("coverage_of_champion", champions_users, lowest=limits.min_coverage_of_champion),
+    ]

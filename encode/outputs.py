@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from encode import __version__
 from encode.errors import ArtifactError
 from encode.schema import canonical_json, digest, fingerprint
-from encode.storage import LostRace, Storage
+from encode.storage import LostRace, Storage, check_key
 
 _NUM_THREADS = 8
 MANIFEST = "manifest.json"
@@ -33,8 +33,12 @@ class Part(BaseModel):
     """Prefix of the earlier output that wrote the file, where it is referenced and not copied."""
 
     def key(self, prefix: str) -> str:
-        """Return where the file lies, for an output at `prefix`."""
-        return f"{self.at or prefix}/{self.name}"
+        """Return where the file lies, for an output at `prefix`.
+
+        Raises:
+            ConfigError: that is no key; on a local disk it could lead anywhere.
+        """
+        return check_key(f"{self.at or prefix}/{self.name}")
 
     def referenced(self, prefix: str) -> Part:
         """Return this file of the output at `prefix` as another output names it."""

@@ -6,6 +6,7 @@ Aliases of a registered model: `candidate` is the newest that was trained, `cham
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from encode import __version__
 from encode.config import Config, Places, RegistryConfig
@@ -30,8 +32,12 @@ CANDIDATE = "candidate"
 
 PREVIOUS = "encode.previous_champion"
 """Tag: the version that served before this one."""
+RELEASED = "encode.released"
+"""Tag: the bundle with which this version first served."""
 REFUSED = "encode.refused"
 """Tag: why this version must not serve."""
+REPORT = "release/report.html"
+"""Artifact of a version's run: why it may serve or not."""
 
 # Set before MLflow is imported. Its log would warn that the input example cannot be scored when it is logged, which is
 # so by design: the space gets its first snapshot after training.
@@ -105,6 +111,11 @@ class Registry:
                 raise ArtifactError(f"{self._config.model_name} version {number}: not in the registry") from None
             raise
 
+    def versions(self) -> list[Version]:
+        """Return all versions, oldest first."""
+        found = self._client.search_model_versions(f"name = '{self._config.model_name}'")
+        return sorted(map(_version, found), key=lambda version: int(version.number))
+
     def point(self, alias: str, version: Version) -> None:
         """Move an alias."""
         self._client.set_registered_model_alias(self._config.model_name, alias, version.number)
@@ -112,6 +123,15 @@ class Registry:
     def tag(self, version: Version, name: str, value: str) -> None:
         """Write a note on a version."""
         self._client.set_model_version_tag(self._config.model_name, version.number, name, value)
+
+    def untag(self, version: Version, name: str) -> None:
+        """Remove a note from a version, if it is there."""
+        if name in version.tags:
+            self._client.delete_model_version_tag(self._config.model_name, version.number, name)
+
+    def released(self) -> list[str]:
+        """Return the numbers of the versions that are or were champion, ascending."""
+        return [one.number for one in self.versions() if {RELEASED, PREVIOUS} & set(one.tags)]
 
     def notify(self, url: str, secret: str) -> str:
         """Let MLflow call an address whenever an alias of this registry is set or removed; the same address once.
@@ -138,6 +158,30 @@ class Registry:
     def metrics(self, version: Version) -> dict[str, float]:
         """Return the metrics that were logged with a version."""
         return dict(self._client.get_run(version.tags["encode.run"]).data.metrics)
+
+    def settings(self, version: Version) -> dict[str, str]:
+        """Return the settings that a version was trained with, as they were logged."""
+        return dict(self._client.get_run(version.tags["encode.run"]).data.params)
+
+    def log_report(self, version: Version, html: str) -> str:
+        """Keep a report with a version's run, in place of an earlier one, and return its address."""
+        run = version.tags["encode.run"]
+        self._client.log_text(run, html, REPORT)
+        links = self.links(version)
+        if "run" in links:
+            return f"{links['run']}/artifacts/{REPORT}"
+        return f"{self._client.get_run(run).info.artifact_uri}/{REPORT}"
+
+    def links(self, version: Version) -> dict[str, str]:
+        """Return the addresses of a version and its run in MLflow's pages; none where no server has them."""
+        if not self._uri.startswith(("http://", "https://")):
+            return {}
+        run = self._client.get_run(version.tags["encode.run"]).info
+        pages = f"{re.sub('//[^/]*@', '//', self._uri).rstrip('/')}/#"  # a report shows no password
+        return {
+            "run": f"{pages}/experiments/{run.experiment_id}/runs/{run.run_id}",
+            "model version": f"{pages}/models/{quote(self._config.model_name, safe='')}/versions/{version.number}",
+        }
 
     def files(self, version: Version) -> dict[str, bytes]:
         """Fetch the files of a version's model; nothing in them is executed.
@@ -194,12 +238,15 @@ class Registry:
             for epoch, measured in enumerate(report["epochs"]):  # type: ignore[arg-type,var-annotated]
                 mlflow.log_metrics({f"epoch_{name}": value for name, value in measured.items()}, step=epoch + 1)
             self._log_dataset(card, inputs)
+            mlflow.log_dict({one: self._docs_of(one) for one in sorted(inputs)}, "data_docs.json")
             mlflow.set_tags(
                 {
                     "encode.preset": config.name,
                     "encode.model": wanted,
                     "encode.space": card.space,
                     "encode.files": f"{self._places.store}/{prefix}",
+                    "encode.data_docs": f"{self._docs_of('behaviors/dt=DAY')}, days from {card.first_day} to before "
+                    f"{card.as_of}; `encode docs DAY` fetches one",
                     "encode.git_commit": git_commit(),
                     "encode.version": __version__,
                 }
@@ -231,6 +278,10 @@ class Registry:
         if self._uri.startswith("sqlite:///"):
             location = (Path(self._uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
         return str(self._client.create_experiment(self._config.experiment, artifact_location=location))
+
+    def _docs_of(self, partition: str) -> str:
+        """Return where the Data Docs of a partition of behaviors are."""
+        return f"{self._places.store}/{partition.replace('behaviors/', 'quarantine/', 1)}/index.html"
 
     def _log_dataset(self, card: ModelCard, inputs: Mapping[str, str]) -> None:
         import mlflow

@@ -160,7 +160,7 @@ def resolve_window(
         return Window(interval[0].astimezone(UTC).date(), interval[1].astimezone(UTC).date())
     raise ConfigError(
         "window: no days given: found no start or end, partition key, asset event or scheduled interval with a length; "
-        "set start and end (YYYY-MM-DD, end exclusive) when you trigger the run"
+        "set start and end, or as_of (YYYY-MM-DD, ends exclusive), when you trigger the run"
     )
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from encode.evaluate.batches import Batch, batches
 from encode.evaluate.metrics import curves, summary
 from encode.evaluate.reading import predict, read_batch
 from encode.evaluate.replay import Replay, assign, make_replay
-from encode.interests.clustered import Clustered, cluster_histories
+from encode.interests.clustered import Clustered
 from encode.interests.extract import extract, state_of
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
@@ -108,27 +107,6 @@ def _replays(histories: Histories, splits: Splits, vocabulary: Vocabulary, confi
         as_of = snapshot_times(impressions, days, training.snapshot_days)
         replays[name] = make_replay(histories, impressions, as_of, vocabulary, config.model.recent_length)
     return replays
-
-
-def evaluate(
-    space: Space, reader: Reader, histories: Histories, days: Window, config: TrainingConfig
-) -> dict[str, float]:
-    """Measure a finished model on the impressions of some days, drawn as `config` says: how versions are compared.
-
-    Args:
-        space: of the model; its own clustering, pooling and recent length are used.
-        reader: of the model.
-        histories: all behaviors before the end of `days`.
-        days: whose behaviors are predicted.
-        config: sampling of the impressions and age of snapshots.
-    """
-    impressions = draw_impressions(histories, days, config, config.max_eval_positives)
-    settings = space.config
-    as_of = snapshot_times(impressions, days, config.snapshot_days)
-    replay = make_replay(histories, impressions, as_of, space.vocabulary, settings.recent_length)
-    offline = partial(cluster_histories, clustering=settings.clustering)
-    probabilities = predict(space.items, reader, replay, offline)
-    return summary(impressions.user, impressions.labels, probabilities, impressions.first_time)
 
 
 def fit(

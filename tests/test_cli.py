@@ -70,7 +70,8 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
     folder = workdir[0]
     options = ("--preset", "tiny", "--workdir", folder / "a", "--json")
     before = json.loads(encode("explain", 2, *options, cwd=folder).stdout)
-    assert json.loads(encode("erase", 2, *options, cwd=folder).stdout) == {"erased": 1}
+    erased = json.loads(encode("erase", 2, *options, cwd=folder).stdout)
+    assert (erased["erased"], erased["on_list"]) == (1, [2])
     refreshed = json.loads(encode("refresh", "--as-of", before["bundle"]["as_of"], *options, cwd=folder).stdout)
     assert refreshed["users"] == 299
     answer = json.loads(encode("score", "--user", 2, "--items", 5, *options, cwd=folder).stdout)

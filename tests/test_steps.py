@@ -16,9 +16,9 @@ import uvicorn
 
 from encode import steps
 from encode.config import Places, load_config
-from encode.errors import ConfigError, QualityError
+from encode.errors import ArtifactError, ConfigError, QualityError
 from encode.outputs import MANIFEST
-from encode.registry import CANDIDATE, CHAMPION, Registry
+from encode.registry import CANDIDATE, CHAMPION, REFUSED, REPORT, Registry
 from encode.schema import Window
 from encode.serving.app import create_app
 from encode.stack.ports import free_port
@@ -131,6 +131,25 @@ def test_the_candidate_is_registered_with_all_that_explains_it(config, released)
     assert not {name for name in files if name.endswith((".pkl", ".pt", ".pth"))}
 
 
+def report_of(registry, version):
+    """The report that MLflow has with a version's run."""
+    import mlflow
+
+    return mlflow.artifacts.load_text(f"runs:/{registry.by_number(version).tags['encode.run']}/{REPORT}")
+
+
+def test_the_report_is_with_the_run(config, released):
+    registry, release = Registry(released["places"], config.registry), released["release"]
+    text = report_of(registry, release["version"])
+    assert f"{config.registry.model_name} version {release['version']}" in text
+    assert f"passed its {len(release['gates'])} gates" in text
+    assert "there is no champion yet" in text
+    run = registry.by_number(release["version"]).tags["encode.run"]
+    assert release["report"].startswith(f"{released['places'].tracking_uri}/#/experiments/")
+    assert release["report"].endswith(f"/runs/{run}/artifacts/{REPORT}")
+    assert release["gates"]["parity"] < 1e-5, "what the snapshot's maker and the engine give is what was measured"
+
+
 def test_serving_has_loaded_exactly_the_released_bundle(released):
     state = httpx.get(f"{released['places'].serving_url}/v1/release").json()
     assert state["bundle"]["id"] == released["release"]["bundle"]
@@ -216,7 +235,7 @@ def test_a_second_log_may_not_share_the_store(config, released):
 
 
 def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_back(config, released):
-    """Last in this file: it moves the champion and puts it back."""
+    """Last but one in this file: it moves the champion and puts it back."""
     places, first = released["places"], released["release"]
     changed = config.training.model_copy(update={"seed": 1})
     registry = Registry(places, config.registry)
@@ -227,31 +246,72 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     second = steps.train(strict, places, WINDOW.end, quiet)
     assert second["space"] != released["train"]["space"]
     steps.refresh(strict, places, WINDOW.end, quiet)
-    with pytest.raises(QualityError, match=r"misses its gates: auc 0\.\d+ \(>= 0.99\)"):
+    with pytest.raises(QualityError, match=r"misses its gates: auc 0\.\d+ \(>= 0.99\).*Report: http"):
         steps.release(strict, places, quiet)
+    assert "is refused: " in report_of(registry, second["version"])
+    assert "training.seed" in report_of(registry, second["version"]), "what changed"
     assert registry.by_alias(CHAMPION).number == first["version"]
     again = steps.release(strict, places, quiet)
     assert (again["outcome"], again["bundle"]) == ("serving brought up to date", first["bundle"])
 
+    wide = {"max_auc_loss": 1.0, "max_gauc_loss": 1.0, "max_logloss_gain": 1.0, "max_miscalibration_gain": 9.0}
     lenient = config.model_copy(
         update={
             "training": changed.model_copy(update={"seed": 2}),
-            "release": config.release.model_copy(update={"max_auc_loss": 1.0}),
+            "release": config.release.model_copy(update={**wide, "approval": True}),
         }
     )
     third = steps.train(lenient, places, WINDOW.end, quiet)
     steps.refresh(lenient, places, WINDOW.end, quiet)
-    release = steps.release(lenient, places, quiet)
-    assert release["version"] == third["version"]
-    assert "auc_over_champion" in release["gates"]
+    waiting = steps.release(lenient, places, quiet)
+    assert (waiting["outcome"], waiting["version"]) == ("waits for approval", third["version"])
+    with pytest.raises(QualityError, match=f"version 99 is approved, version {third['version']} was judged"):
+        steps.release(lenient, places, quiet, approve="99")
+    judged = json.loads(json.dumps(steps.judge(lenient, places, quiet)))  # as Airflow carries it
+    assert judged["approval"]
+    assert "| auc_over_champion |" in judged["body"]
+    with pytest.raises(QualityError, match=r"snapshot was yesterday, is .*; nothing was released"):
+        steps.release(lenient, places, quiet, judged=judged | {"snapshot": "yesterday"})
+    registry.point(CANDIDATE, registry.by_number(second["version"]))
+    with pytest.raises(QualityError, match=f"candidate was {third['version']}, is {second['version']};.* was refused"):
+        steps.release(lenient, places, quiet, judged=judged)
+    assert registry.by_alias(CHAMPION).number == first["version"]
+    registry.point(CANDIDATE, registry.by_number(third["version"]))
+    release = steps.release(lenient, places, quiet, judged=judged)
+    assert (release["outcome"], release["version"]) == ("released", third["version"])
+    assert release["gates"] == judged["gates"]
     assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == release["bundle"]
+    assert steps.release(lenient, places, quiet, judged=judged) == release, "a second try changes nothing"
 
-    back = steps.rollback(lenient, places, quiet)
+    with pytest.raises(ConfigError, match="is the champion: it serves; roll back"):
+        steps.refuse(lenient, places, third["version"], "slow", quiet)
+    with pytest.raises(ArtifactError, match="version 99: not in the registry"):
+        steps.rollback(lenient, places, quiet, to="99")
+    with pytest.raises(QualityError, match=rf"version {second['version']} was never champion.*have 1, 3;"):
+        steps.rollback(lenient, places, quiet, to=second["version"])
+    with pytest.raises(QualityError, match="is the champion; it serves already"):
+        steps.rollback(lenient, places, quiet, to=third["version"])
+    said = []
+    back = steps.rollback(lenient, places, said.append, reason="rehearsal")
     assert (back["version"], back["bundle"]) == (first["version"], first["bundle"])
     assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == first["bundle"]
+    assert (
+        httpx.post(f"{places.serving_url}/v1/score", json={"user_id": USER, "item_ids": ITEMS}).json()["bundle"][
+            "model_version"
+        ]
+        == first["version"]
+    )
+    assert back["seconds"] < 60, "seconds; on a machine that many tests share, more"
+    assert f"in {back['seconds']:.1f} s" in said[-1]
+    assert registry.by_number(third["version"]).tags[REFUSED] == f"rolled back to version {first['version']}: rehearsal"
     assert steps.release(lenient, places, quiet)["outcome"] == "serving brought up to date"
     with pytest.raises(QualityError, match="is the first champion"):
         steps.rollback(lenient, places, quiet)
+
+    forward = steps.rollback(lenient, places, quiet, to=third["version"])
+    assert forward["bundle"] == release["bundle"]
+    assert REFUSED not in registry.by_number(third["version"]).tags
+    assert steps.rollback(lenient, places, quiet)["bundle"] == first["bundle"]
 
 
 def test_every_output_in_the_store_is_complete(released):
@@ -274,5 +334,5 @@ def test_every_output_in_the_store_is_complete(released):
         "interests",
     }
     lone = keys - named - manifests
-    # Beside pointers, what each bucket told while it was made.
-    assert {key for key in lone if not key.endswith(("/current.json", ".result.json"))} == {"log.json"}
+    # Beside pointers, what each bucket told while it was made, and the page of each snapshot.
+    assert {key for key in lone if not key.endswith(("/current.json", ".result.json", "/report.html"))} == {"log.json"}

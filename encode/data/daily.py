@@ -4,6 +4,9 @@
 Great Expectations (`result.json`) and its page (`index.html`). Quarantine is complete before behaviors is, so that a
 published day always has its page. A day that is refused publishes no behaviors; its rejected rows, result and page
 are kept under `quarantine/dt=D/refused-<fingerprint>/`, out of the way of a later try with other data or settings.
+
+Behaviors and their manifest follow from the raw data and the settings alone. The manifest of the quarantine also says
+what the day was compared with, so it depends on which days were validated before; nothing is made from it.
 """
 
 from __future__ import annotations
@@ -19,17 +22,18 @@ import pyarrow.compute as pc
 
 from encode.config import Config
 from encode.data.expectations import Judgment, judge_day
+from encode.data.judging import COLUMNS, Judged, judge_rows
 from encode.data.landing import landing_settings
 from encode.data.parquet import parquet_bytes
-from encode.data.raw_days import RawDay, read_raw_day
-from encode.data.readers import RAW_COLUMNS, RawBatch
-from encode.data.verdicts import REASONS, Verdict, count_reasons, duplicates, judge, to_quarantine
+from encode.data.profiles import Past, Profile, profile_of
+from encode.data.raw_days import RawDay
+from encode.data.trends import compare
+from encode.data.verdicts import Verdict
 from encode.errors import DataError, EncodeError, QualityError
 from encode.outputs import Manifest, read_manifest, recipe, write_output
 from encode.schema import BEHAVIORS, QUARANTINE, fingerprint
 from encode.storage import Storage
 
-_DUPLICATE = REASONS.index("duplicate")
 _ROWS_PER_PART = 1 << 22
 """A file of behaviors is read as a whole, by several at a time."""
 
@@ -45,88 +49,138 @@ class DayReport:
     without_category: int
     """Accepted rows whose category is 0."""
     reasons: dict[str, int]
+    docs: str
+    """Where its Data Docs are: the prefix of its quarantine."""
     warnings: tuple[str, ...] = ()
     """Failed expectations that do not refuse the day, and hints about files that mix time units."""
+    compared_with: int = 0
+    """Earlier days that it was compared with; 0 where there were too few."""
+    replayed: int = 0
+    """Rows that became part of the day by a replay just now."""
     unchanged: bool = False
     """The day was validated before, from the same data with the same settings."""
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """All rows of a day with their verdicts, batch by batch."""
+class Addition:
+    """What a replay adds to a day that is published."""
 
-    batches: list[RawBatch]
-    verdicts: list[Verdict]
+    suffix: str
+    """Of both outputs, after `dt=D`."""
+    prefix: str
+    """The output before it."""
+    digest: str
+    """Of that one's manifest."""
 
-    def reasons(self) -> dict[str, int]:
-        return count_reasons(np.concatenate([v.reason for v in self.verdicts]))
 
-
-def validate_raw_day(storage: Storage, raw: RawDay, config: Config) -> DayReport:
-    """Validate one day; a no-op if it was validated before from the same data with the same settings.
+def validate_raw_day(storage: Storage, raw: RawDay, config: Config, past: Past) -> DayReport:
+    """Validate a day that has no behaviors yet.
 
     Raises:
-        DataError: a file is not readable, or the day was validated before from other data or with other settings.
+        DataError: a file is not readable.
         QualityError: the day is refused. Its quarantine is written, its behaviors are not.
     """
-    if done := read_manifest(storage, f"behaviors/dt={raw.day}"):
-        return report_of(storage, raw, config, done)
-    judged = _judge_rows(raw, storage, config)
-    judgment = judge_day(raw.day, judged.verdicts, config.validation)
-    report = _report(raw.day, judged, judgment)
-    refusal = _refusal(report, judgment, config)
-    if judgment.rejected != report.rejected:
-        raise EncodeError(
-            f"validation of {raw.day}: Great Expectations counted {judgment.rejected} rejected rows, the masks "
-            f"{report.rejected}; nothing was written, this is a defect"
-        )
-    identity = _identity(raw, config)
-    mark = identity["fingerprint"][:12]
-    quarantine = f"quarantine/dt={raw.day}" + (f"/refused-{mark}" if refusal else "")
-    _write_quarantine(storage, quarantine, judged, judgment, report, identity)
-    if refusal:
-        raise QualityError(
-            f"day {raw.day} refused, no behaviors published: {refusal}. Rejected rows, result.json and index.html are "
-            f"in {storage.uri}/{quarantine}; land corrected data, or change validation or source in the settings"
-        )
-    _write_behaviors(storage, judged, report, identity, quarantine)
-    return report
+    return publish(storage, raw, judge_rows(storage, raw, config), config, past)
+
+
+def publish(
+    storage: Storage, raw: RawDay, judged: Judged, config: Config, past: Past, addition: Addition | None = None
+) -> DayReport:
+    """Judge a day as a whole, write its quarantine, and publish those rows that are judged now and accepted.
+
+    A day whose quarantine is complete and whose behaviors are not was killed in between. It keeps its verdict, which
+    might be another one beside the days that are there by now.
+
+    Raises:
+        QualityError: the day is refused.
+    """
+    identity = identity_of(raw, config)
+    suffix = ""
+    if addition:
+        suffix = addition.suffix
+        identity["inputs"] |= {addition.prefix: addition.digest}
+    quarantine, profile = f"quarantine/dt={raw.day}{suffix}", profile_of(judged.every())
+    verdict = read_manifest(storage, quarantine)
+    if verdict is None or verdict.fingerprint != identity["fingerprint"]:
+        verdict = _judge(storage, quarantine, raw.day, judged, profile, config, past, identity)
+    details = {"quarantine": quarantine} | ({"adds_to": addition.prefix} if addition else {})
+    made = _write_behaviors(storage, f"behaviors/dt={raw.day}{suffix}", judged, profile, details, identity)
+    past.add(raw.day, quarantine, profile)
+    return _report(raw.day, made, verdict)
+
+
+def _judge(
+    storage: Storage,
+    quarantine: str,
+    day: date,
+    judged: Judged,
+    profile: Profile,
+    config: Config,
+    past: Past,
+    identity: dict[str, Any],
+) -> Manifest:
+    """Let Great Expectations judge a day, and write what it says beside the rejected rows."""
+    trends = config.validation.trends
+    earlier = past.before(day, trends.days)
+    measures = compare(day, profile, earlier, trends)
+    judgment = judge_day(day, judged.every(), config.validation, measures, len(earlier))
+    _reconcile(day, profile, judged, judgment)
+    refusal = _refusal(profile, judgment, config)
+    details = {
+        "reasons": profile.reasons,
+        "warnings": [*judgment.warnings, *judged.hints, *judgment.drift],
+        "notes": list(judgment.notes),
+        "refusal": refusal,
+        "profile": profile.to_json(),
+        "measures": [{**vars(one), "named": list(one.named)} for one in measures],
+        "compared_with": {str(one): fingerprint(known.to_json()) for one, known in earlier.items() if measures},
+    }
+    if refusal is None:
+        return _write_quarantine(storage, quarantine, judged, judgment, details, identity)
+    refused = f"quarantine/dt={day}/refused-{recipe('refused', identity['config'], identity['inputs'])[:12]}"
+    if read_manifest(storage, refused) is None:  # beside other days its result may differ, the refusal does not
+        _write_quarantine(storage, refused, judged, judgment, details, identity)
+    raise QualityError(
+        f"day {day} refused, no behaviors published: {refusal}. Rejected rows, result.json and index.html are in "
+        f"{storage.uri}/{refused}; land corrected data, or change validation or source in the settings"
+    )
 
 
 def report_of(storage: Storage, raw: RawDay, config: Config, done: Manifest) -> DayReport:
-    """Return the report of a day that was validated before.
+    """Return the report of a day that was validated before; `done` is the last output that added to it.
 
     Raises:
         DataError: it was validated from other data or with other settings than now.
     """
-    identity = _identity(raw, config)
-    if done.fingerprint != identity["fingerprint"]:
-        changed = [] if done.inputs == identity["inputs"] else ["the raw data"]
-        old, new = _flat(done.config), _flat(identity["config"])
-        changed += sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        # With equal data and settings only the version of this package differs: what was validated stays valid.
-        if changed:
-            raise DataError(
-                f"{storage.uri}/behaviors/dt={raw.day}: validated before, but {', '.join(changed)} changed since; "
-                f"outputs are immutable: remove behaviors/dt={raw.day} and quarantine/dt={raw.day}, then run again"
-            )
-    counts = {key: int(count) for key, count in done.counts.items()}
-    return DayReport(
-        raw.day,
-        counts["raw_rows"],
-        counts["rows"],
-        counts["rejected"],
-        counts["without_category"],
-        dict(done.details["reasons"]),
-        tuple(done.details["warnings"]),
-        unchanged=True,
-    )
+    # With equal data and settings only the version of this package differs: what was validated stays valid.
+    if changed := changes(raw, config, done):
+        raise DataError(
+            f"{storage.uri}/behaviors/dt={raw.day}: validated before, but {', '.join(changed)} changed since; outputs "
+            f"are immutable: `encode replay --start {raw.day}` adds what is good by now and keeps what was published; "
+            f"to validate it all anew remove behaviors/dt={raw.day} and quarantine/dt={raw.day}, then run again"
+        )
+    return _report(raw.day, done, read_manifest(storage, done.details["quarantine"]), unchanged=True)
 
 
-def _identity(raw: RawDay, config: Config) -> dict[str, Any]:
+def changes(raw: RawDay, config: Config, done: Manifest) -> list[str]:
+    """Return what differs from when a day was validated: its raw data, settings by name."""
+    identity = identity_of(raw, config)
+    if done.fingerprint == identity["fingerprint"]:
+        return []
+    changed = [] if done.inputs.items() >= identity["inputs"].items() else ["the raw data"]
+    old, new = _flat(done.config), _flat(identity["config"])
+    return changed + sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+
+
+def identity_of(raw: RawDay, config: Config) -> dict[str, Any]:
+    """Return what a day is validated from and with, and the fingerprint of both.
+
+    What it is compared with is not in it: another day before it, or another width of what is usual, changes what is
+    said about a day and not what is in it, and must not make it stale.
+    """
     settings = {
         "source": {k: v for k, v in landing_settings(config.source).items() if k != "generator"},
-        "validation": config.validation.model_dump(mode="json"),
+        "validation": config.validation.model_dump(mode="json", exclude={"trends"}),
     }
     inputs = {f"raw/dt={raw.day}": fingerprint(raw.digests)}
     return {"fingerprint": recipe("behaviors", settings, inputs), "config": settings, "inputs": inputs}
@@ -136,66 +190,50 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
 
-# --- rows --------------------------------------------------------------------------------------------------
+def _report(day: date, made: Manifest, judged: Manifest | None, *, unchanged: bool = False) -> DayReport:
+    counts, details = made.counts, judged.details if judged else {}
+    raw_rows, rejected = int(counts["raw_rows"]), int(counts["rejected"])
+    return DayReport(
+        day,
+        rows=raw_rows,
+        accepted=raw_rows - rejected,
+        rejected=rejected,
+        without_category=int(counts["without_category"]),
+        reasons=dict(made.details["reasons"]),
+        docs=made.details["quarantine"],
+        warnings=tuple(details.get("warnings", ())),
+        compared_with=len(details.get("compared_with", ())),
+        replayed=0 if unchanged or not made.details.get("adds_to") else int(counts["rows"]),
+        unchanged=unchanged,
+    )
 
 
-def _judge_rows(raw: RawDay, storage: Storage, config: Config) -> _Judged:
-    empty = pa.RecordBatch.from_arrays([pa.nulls(0)] * len(RAW_COLUMNS), names=list(RAW_COLUMNS))
-    batches = list(read_raw_day(storage, raw, config.source)) or [RawBatch("", 1, empty)]
-    verdicts = [judge(batch, raw.day, config.source, config.validation.behaviors) for batch in batches]
-    if config.validation.reject_duplicates:
-        _mark_duplicates(verdicts)
-    return _Judged(batches, verdicts)
+def _reconcile(day: date, profile: Profile, judged: Judged, judgment: Judgment) -> None:
+    """See that the masks, the rows for quarantine and Great Expectations count alike."""
+    rejected = profile.raw_rows - profile.rows
+    if judgment.rejected != rejected:
+        raise EncodeError(
+            f"validation of {day}: Great Expectations counted {judgment.rejected} rejected rows, the masks {rejected}; "
+            "nothing was written, this is a defect"
+        )
+    if judged.quarantined.num_rows != rejected:
+        raise EncodeError(
+            f"validation of {day}: {judged.quarantined.num_rows} rows for quarantine, counted {rejected}; nothing was "
+            "written, this is a defect"
+        )
 
 
-def _mark_duplicates(verdicts: Sequence[Verdict]) -> None:
-    accepted = [np.flatnonzero(v.reason == 0) for v in verdicts]
-    columns = [
-        np.concatenate([getattr(v, name)[rows] for v, rows in zip(verdicts, accepted, strict=True)])
-        for name in ("user_id", "item_id", "category_id", "timestamp")
-    ]
-    names = pa.chunked_array([v.behavior for v in verdicts], pa.string()).combine_chunks().dictionary_encode()
-    codes = names.indices.fill_null(-1).to_numpy().astype(np.int64)
-    columns.append(codes[np.concatenate([v.reason for v in verdicts]) == 0])
-    found = duplicates(columns)
-    ends = np.cumsum([len(rows) for rows in accepted])[:-1]
-    for verdict, rows, repeated in zip(verdicts, accepted, np.split(found, ends), strict=True):
-        verdict.reason[rows[repeated]] = _DUPLICATE
-
-
-def _report(day: date, judged: _Judged, judgment: Judgment) -> DayReport:
-    rows = sum(len(v.reason) for v in judged.verdicts)
-    rejected = sum(int((v.reason != 0).sum()) for v in judged.verdicts)
-    without = sum(int(((v.reason == 0) & (v.category_id == 0)).sum()) for v in judged.verdicts)
-    hints = tuple(_mixed_units(judged))
-    return DayReport(day, rows, rows - rejected, rejected, without, judged.reasons(), judgment.warnings + hints)
-
-
-def _mixed_units(judged: _Judged) -> list[str]:
-    """Return a line for each file in which some times are right and others look like another unit."""
-    by_file: dict[str, np.ndarray[Any, Any]] = {}
-    for raw, verdict in zip(judged.batches, judged.verdicts, strict=True):
-        counts = np.bincount(verdict.reason, minlength=len(REASONS))
-        by_file[raw.file] = by_file.get(raw.file, 0) + counts
-    lines = []
-    for file, counts in by_file.items():
-        odd = {r: int(n) for r, n in zip(REASONS, counts, strict=True) if n and r.startswith("timestamp_looks_like_")}
-        if odd and counts[0]:
-            lines.append(f"{file}: mixed time units: {counts[0]} rows fit, others do not: {odd}")
-    return lines
-
-
-def _refusal(report: DayReport, judgment: Judgment, config: Config) -> str | None:
+def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None:
     """Return why the day is refused, or None."""
     problems = []
     limit = config.validation.max_rejected_share
-    if report.rows and report.rejected / report.rows > limit:
-        named = ", ".join(f"{reason} {count}" for reason, count in sorted(report.reasons.items(), key=lambda r: -r[1]))
+    rows, rejected = profile.raw_rows, profile.raw_rows - profile.rows
+    if rows and rejected / rows > limit:
+        named = ", ".join(f"{reason} {count}" for reason, count in sorted(profile.reasons.items(), key=lambda r: -r[1]))
         problems.append(
-            f"{report.rejected:,} of {report.rows:,} rows rejected ({report.rejected / report.rows:.2%}; {named}), "
-            f"expected at most {limit:.2%}"
+            f"{rejected:,} of {rows:,} rows rejected ({rejected / rows:.2%}; {named}), expected at most {limit:.2%}"
         )
-        hints = [reason for reason in report.reasons if reason.startswith("timestamp_looks_like_")]
+        hints = [reason for reason in profile.reasons if reason.startswith("timestamp_looks_like_")]
         if hints:
             unit = hints[0].removeprefix("timestamp_looks_like_")
             problems.append(f"times look like {unit}, source.time_unit is {config.source.time_unit}")
@@ -206,62 +244,64 @@ def _refusal(report: DayReport, judgment: Judgment, config: Config) -> str | Non
 # --- outputs -----------------------------------------------------------------------------------------------
 
 
-def _details(report: DayReport) -> dict[str, Any]:
-    return {"reasons": report.reasons, "warnings": list(report.warnings)}
-
-
 def _write_quarantine(
     storage: Storage,
     prefix: str,
-    judged: _Judged,
+    judged: Judged,
     judgment: Judgment,
-    report: DayReport,
+    details: dict[str, Any],
     identity: dict[str, Any],
-) -> None:
-    pairs = zip(judged.batches, judged.verdicts, strict=True)
-    tables = [to_quarantine(raw, verdict.reason) for raw, verdict in pairs if verdict.reason.any()]
-    table = pa.concat_tables([QUARANTINE.empty_table(), *tables])
-    if table.num_rows != report.rejected:
-        raise EncodeError(f"validation of {report.day}: {table.num_rows} rows in quarantine, counted {report.rejected}")
-    write_output(
+) -> Manifest:
+    rows = judged.quarantined.num_rows
+    return write_output(
         storage,
         prefix,
-        {"part-00000.parquet": parquet_bytes(table), "result.json": judgment.result, "index.html": judgment.page},
+        {
+            "part-00000.parquet": parquet_bytes(judged.quarantined),
+            "result.json": judgment.result,
+            "index.html": judgment.page,
+        },
         kind="quarantine",
-        rows={"part-00000.parquet": table.num_rows},
+        rows={"part-00000.parquet": rows},
         columns=_columns(QUARANTINE),
-        counts={"rows": table.num_rows, "raw_rows": report.rows},
-        details=_details(report),
+        counts={"rows": rows, "raw_rows": details["profile"]["raw_rows"]},
+        details=details,
         **identity,
     )
 
 
 def _write_behaviors(
-    storage: Storage, judged: _Judged, report: DayReport, identity: dict[str, Any], quarantine: str
-) -> None:
+    storage: Storage,
+    prefix: str,
+    judged: Judged,
+    profile: Profile,
+    details: dict[str, Any],
+    identity: dict[str, Any],
+) -> Manifest:
     table = _behaviors(judged.verdicts)
-    if table.num_rows + report.rejected != report.rows:
+    published = len(judged.published.reason) if judged.published else 0
+    if table.num_rows + published + judged.quarantined.num_rows != profile.raw_rows:
         raise EncodeError(
-            f"validation of {report.day}: {table.num_rows} behaviors and {report.rejected} rejected rows do not add up "
-            f"to {report.rows} raw rows; behaviors were not published, this is a defect"
+            f"{prefix}: {table.num_rows} behaviors, {published} published before and {judged.quarantined.num_rows} "
+            f"rejected rows do not add up to {profile.raw_rows} raw rows; not published, this is a defect"
         )
     starts = range(0, max(table.num_rows, 1), _ROWS_PER_PART)
     parts = {f"part-{number:05d}.parquet": table.slice(start, _ROWS_PER_PART) for number, start in enumerate(starts)}
-    write_output(
+    return write_output(
         storage,
-        f"behaviors/dt={report.day}",
+        prefix,
         {name: parquet_bytes(part) for name, part in parts.items()},
         kind="behaviors",
         rows={name: part.num_rows for name, part in parts.items()},
         columns=_columns(BEHAVIORS),
         counts={
             "rows": table.num_rows,
-            "raw_rows": report.rows,
-            "rejected": report.rejected,
-            "without_category": report.without_category,
-            "users": len(pc.unique(table["user_id"])),
+            "raw_rows": profile.raw_rows,
+            "rejected": profile.raw_rows - profile.rows,
+            "without_category": profile.without_category,
+            "users": profile.users,
         },
-        details=_details(report) | {"quarantine": quarantine},
+        details={"reasons": profile.reasons} | details,
         **identity,
     )
 
@@ -271,7 +311,7 @@ def _behaviors(verdicts: Sequence[Verdict]) -> pa.Table:
     accepted = [v.reason == 0 for v in verdicts]
     columns = [
         pa.array(np.concatenate([getattr(v, name)[keep] for v, keep in zip(verdicts, accepted, strict=True)]))
-        for name in ("user_id", "item_id", "category_id", "timestamp")
+        for name in COLUMNS
     ]
     names = pa.chunked_array(
         [v.behavior.filter(pa.array(keep)) for v, keep in zip(verdicts, accepted, strict=True)], pa.string()

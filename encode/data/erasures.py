@@ -1,4 +1,4 @@
-"""Erased users: a list in the store that every later step obeys. An id once in it stays out."""
+"""Erased users: a list in the store that every later step and the serving process obey. An id once in it stays out."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def erase_users(storage: Storage, user_ids: Iterable[int]) -> int:
         ConfigError: an id is not a user's.
         ArtifactError: the list cannot be read, or others keep changing it.
     """
-    added = sorted(set(user_ids))
-    if wrong := [user for user in added if not 0 < user < 2**63]:
-        raise ConfigError(f"erase: {wrong[0]} is not a user id, expected 1 to 2^63 - 1")
+    added = check_users(user_ids)
     for _ in range(_TRIES):
         found = storage.get_versioned(ERASURES)
         users = np.union1d(_parse(storage, found[0]) if found else np.zeros(0, np.int64), np.array(added, np.int64))
@@ -49,6 +47,18 @@ def erase_users(storage: Storage, user_ids: Iterable[int]) -> int:
             continue
         return len(users)
     raise ArtifactError(f"{storage.uri}/{ERASURES}: changed by others {_TRIES} times; try again")
+
+
+def check_users(user_ids: Iterable[int]) -> list[int]:
+    """Return ids of users, ascending, each once.
+
+    Raises:
+        ConfigError: an id is not a user's.
+    """
+    users = sorted(set(user_ids))
+    if wrong := [user for user in users if not 0 < user < 2**63]:
+        raise ConfigError(f"erase: {wrong[0]} is not a user id, expected 1 to 2^63 - 1")
+    return users
 
 
 def _parse(storage: Storage, data: bytes) -> npt.NDArray[np.int64]:

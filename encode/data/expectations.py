@@ -1,8 +1,9 @@
 """The suite that judges a day, run by Great Expectations, and the page that shows the result.
 
 Great Expectations reports, it does not move rows: what is wrong with each row is decided in `encode.data.verdicts`,
-and the suite judges counts, shares and ranges over the whole day. A failed `critical` expectation refuses the day,
-a failed `warning` is reported. Result and page hold no dates of the run and no random ids: equal days give equal bytes.
+and the suite judges counts, shares and ranges over the whole day, and what `encode.data.trends` measured beside the
+days before it. A failed `critical` expectation refuses the day, a failed `warning` is said and recorded, a failed
+`info` is recorded. Result and page hold no dates of the run and no random ids: equal days give equal bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache
+from html import escape
 from importlib import import_module
 from typing import Any
 
@@ -23,10 +25,12 @@ import numpy as np
 import pyarrow as pa
 
 from encode.config import ValidationConfig
+from encode.data.trends import Measure
 from encode.data.verdicts import REASONS, Verdict, count_reasons
 from encode.errors import EncodeError
 from encode.schema import SECONDS_PER_DAY, day_start
 
+_MEASURE = "expect_measure_to_be_between"
 _FROM_ELSEWHERE = re.compile(
     r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\([^)]*\)[^;]*;", re.DOTALL
 )
@@ -48,6 +52,11 @@ class Judgment:
     failed: tuple[str, ...]
     """Critical expectations that failed, each with what was found and expected."""
     warnings: tuple[str, ...]
+    """Failed expectations of severity warning about the day itself."""
+    drift: tuple[str, ...]
+    """Failed expectations of severity warning about the day beside those before it."""
+    notes: tuple[str, ...]
+    """Failed expectations of severity info."""
     rejected: int
     """Rows with a reason, as Great Expectations counted them."""
     result: bytes
@@ -56,17 +65,17 @@ class Judgment:
     """HTML, complete in itself: it loads nothing from elsewhere."""
 
 
-def judge_day(day: date, verdicts: Sequence[Verdict], config: ValidationConfig) -> Judgment:
-    """Run the suite over the verdicts of all rows of a day.
+def judge_day(
+    day: date, verdicts: Sequence[Verdict], config: ValidationConfig, measures: Sequence[Measure], compared_with: int
+) -> Judgment:
+    """Run the suite over the verdicts of all rows of a day, and over its measures against `compared_with` earlier days.
 
     Raises:
         EncodeError: an expectation could not be evaluated at all.
     """
     with _quiet():
-        result = _validate(day, _frame(verdicts), config)
-        page = _render(day, result, count_reasons(np.concatenate([v.reason for v in verdicts])))
-    failed: list[str] = []
-    warned: list[str] = []
+        result = _validate(day, _frame(verdicts), config, measures)
+    found: dict[str, list[str]] = {"critical": [], "warning": [], "drift": [], "info": []}
     rejected = -1
     for one in result.results:
         settings = one.expectation_config
@@ -75,12 +84,20 @@ def judge_day(day: date, verdicts: Sequence[Verdict], config: ValidationConfig) 
         if settings.type == "expect_column_values_to_be_null":
             rejected = int(one.result["unexpected_count"])
         if not one.success:
-            (failed if settings.severity == "critical" else warned).append(_describe(one))
-    return Judgment(tuple(sorted(failed)), tuple(sorted(warned)), rejected, _to_json(day, result), page)
+            drifted = settings.type == _MEASURE and settings.severity == "warning"
+            found["drift" if drifted else str(settings.severity.value)].append(_describe(one))
+    failed, warned, drift, notes = (tuple(sorted(texts)) for texts in found.values())
+    said = f"refused: {'; '.join(failed)}" if failed else f"published, {len(warned) + len(drift)} warnings"
+    reasons = count_reasons(np.concatenate([v.reason for v in verdicts]))
+    data = _to_json(day, result)
+    with _quiet():
+        page = _render(day, result, _tables(day, said, reasons, measures, compared_with), published=not failed)
+    return Judgment(failed, warned, drift, notes, rejected, data, page)
 
 
-def _expectations(day: date, config: ValidationConfig) -> list[Any]:
+def _expectations(day: date, config: ValidationConfig, measures: Sequence[Measure]) -> list[Any]:
     """Return the suite: first what refuses a day, then what is worth a look."""
+    measured = _import("encode.data.expect_measure").ExpectMeasureToBeBetween
     gxe = _import("great_expectations.expectations")
     column = _import("great_expectations.expectations.row_conditions").Column
     accepted = {"row_condition": column("reason").is_null(), "condition_parser": "great_expectations"}
@@ -112,7 +129,17 @@ def _expectations(day: date, config: ValidationConfig) -> list[Any]:
                 column="behavior", value_set=list(config.behaviors), mostly=mostly, severity="warning"
             )
         )
-    return suite
+    return suite + [
+        measured(
+            measure=one.name,
+            observed=one.value,
+            min_value=one.low,
+            max_value=one.high,
+            named=list(one.named),
+            severity=one.severity,
+        )
+        for one in measures
+    ]
 
 
 def _frame(verdicts: Sequence[Verdict]) -> Any:
@@ -160,15 +187,24 @@ def _batch_definition() -> Any:
     return asset.add_batch_definition_whole_dataframe("whole")
 
 
-def _validate(day: date, frame: Any, config: ValidationConfig) -> Any:
+@cache
+def _view() -> Any:
+    """Return what makes HTML of a result; it keeps its compiled templates."""
+    return _import("great_expectations.render.view").DefaultJinjaPageView()
+
+
+def _validate(day: date, frame: Any, config: ValidationConfig, measures: Sequence[Measure]) -> Any:
     batch = _batch_definition().get_batch({"dataframe": frame})
-    suite = _import("great_expectations").ExpectationSuite("behaviors", expectations=_expectations(day, config))
+    expectations = _expectations(day, config, measures)
+    suite = _import("great_expectations").ExpectationSuite("behaviors", expectations=expectations)
     return batch.validate(suite, result_format="SUMMARY")
 
 
 def _describe(one: Any) -> str:
     """Return one failed expectation in a line: what it is, what was found, what was expected."""
     settings, result = one.expectation_config, one.result
+    if settings.type == _MEASURE:
+        return _describe_measure(settings.kwargs)
     kwargs = {k: v for k, v in settings.kwargs.items() if k not in ("batch_id", "row_condition", "condition_parser")}
     expected = ", ".join(f"{key} {value}" for key, value in sorted(kwargs.items()) if key != "column")
     if "observed_value" in result:
@@ -186,16 +222,51 @@ def _to_json(day: date, result: Any) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _render(day: date, result: Any, reasons: dict[str, int]) -> bytes:
+def _describe_measure(measured: dict[str, Any]) -> str:
+    low, high = (_number(measured.get(end)) for end in ("min_value", "max_value"))
+    usual = f"at most {high}" if low == "" else f"{low} to {high}"
+    named = f" ({', '.join(measured['named'])})" if measured.get("named") else ""
+    return f"{measured['measure']}: found {_number(measured['observed'])}{named}, usually {usual}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _tables(day: date, said: str, reasons: dict[str, int], measures: Sequence[Measure], compared_with: int) -> str:
+    """Return what stands above the page of Great Expectations: the verdict, what was rejected, what is unusual."""
+    rejected = _table([(reason, f"{count:,}") for reason, count in reasons.items()] or [("none",)])
+    rows = [("", "", "found", "usually from", "to")]
+    for one in measures:
+        usual = (one.low is None or one.value >= one.low) and (one.high is None or one.value <= one.high)
+        mark = "\u2713" if usual else "\u2717 " + one.severity
+        name = f"{one.name} ({', '.join(one.named)})" if one.named else one.name
+        rows.append((mark, name, _number(one.value), _number(one.low), _number(one.high)))
+    compared = f"Beside the {compared_with} days before it" if measures else "Not compared with the days before it"
+    few = _table(rows) if measures else f"<p>There are {compared_with} of them, too few, or the day has no rows.</p>"
+    return f"<h3>{day}: {escape(said)}</h3><h4>Rows in quarantine</h4>{rejected}<h4>{compared}</h4>{few}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _render(day: date, result: Any, tables: str, *, published: bool) -> bytes:
+    """Return the page: our tables, then all expectations but the measures, which are in the tables.
+
+    Great Expectations calls a day failed for a mere warning; the page calls it so if it is refused.
+    """
     identifier = _import("great_expectations.core.run_identifier").RunIdentifier
     renderer = _import("great_expectations.render.renderer").ValidationResultsPageRenderer(run_info_at_end=True)
-    view = _import("great_expectations.render.view").DefaultJinjaPageView()
     midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
     result.meta.pop("batch_markers", None)
     result.meta["run_id"] = identifier(run_name=f"dt={day}", run_time=midnight)
-    html: str = view.render(renderer.render(result))
-    rows = "".join(f"<tr><td>{reason}</td><td>{count}</td></tr>" for reason, count in reasons.items())
-    table = f"<h4>{day}: rows in quarantine</h4><table>{rows or '<tr><td>none</td></tr>'}</table>"
+    result.results = [one for one in result.results if one.expectation_config.type != _MEASURE]
+    result.success = published
+    html: str = _view().render(renderer.render(result))
     html = _FROM_ELSEWHERE.sub("", html).replace("</head>", _STYLE + "</head>", 1)
-    html = html.replace("<body>", "<body>" + table, 1)
+    html = html.replace("<body>", "<body>" + tables, 1)
     return re.sub(r"\s*\n\s*", "\n", html).encode()

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
 from encode.errors import ArtifactError
-from encode.outputs import Manifest, read_manifest
+from encode.outputs import MANIFEST, Manifest, read_manifest
 from encode.storage import Storage
 
+REPLAY = "replay-"
+"""Begins the name of what a replay adds to a day, below the day's partition."""
 _NUM_THREADS = 8
 _DAY = re.compile(r"^[^/]+/dt=(\d{4}-\d{2}-\d{2})/")
 
@@ -32,16 +34,30 @@ def days_of(keys: Iterable[str]) -> dict[date, list[str]]:
     return days
 
 
-def validated_days(storage: Storage, end: date, start: date | None = None) -> dict[str, Manifest]:
-    """Return the manifest of each validated day before `end`, and from `start` on if it is given, by prefix, in order.
+def published_days(storage: Storage) -> dict[date, list[str]]:
+    """Return the prefixes of what is published of each validated day: its partition, then what replays added, in order.
 
-    A partition without a manifest is unfinished and counts as absent.
+    Without the first there is no day: what a replay added to it counts no more.
+    """
+    found: dict[date, list[str]] = {}
+    for day, keys in days_of(storage.list("behaviors/dt=")).items():
+        complete = [key.removesuffix(f"/{MANIFEST}") for key in keys if key.endswith(f"/{MANIFEST}")]
+        first = f"behaviors/dt={day}"
+        if first in complete:
+            found[day] = [first, *(prefix for prefix in complete if prefix.startswith(f"{first}/{REPLAY}"))]
+    return found
+
+
+def validated_days(storage: Storage, end: date, start: date | None = None) -> dict[str, Manifest]:
+    """Return the manifests of the validated days before `end`, and from `start` on if it is given, by prefix, in order.
+
+    A partition without a manifest is unfinished and counts as absent. A replay that added no rows is left out.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or a replay added to another partition than the one that is there.
     """
-    days = days_of(storage.list("behaviors/dt="))
-    prefixes = [f"behaviors/dt={day}" for day in days if day < end and (start is None or day >= start)]
+    days = {day: p for day, p in published_days(storage).items() if day < end and (start is None or day >= start)}
+    prefixes = [prefix for day in days.values() for prefix in day]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         manifests = pool.map(lambda prefix: read_manifest(storage, prefix), prefixes)
         found = {prefix: manifest for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None}
@@ -50,4 +66,11 @@ def validated_days(storage: Storage, end: date, start: date | None = None) -> di
             f"{storage.uri}/behaviors: no validated day {f'from {start} ' if start else ''}before {end}; "
             "validate the window first"
         )
-    return found
+    for prefix, manifest in found.items():
+        base = manifest.details.get("adds_to")
+        if base and (base not in found or manifest.inputs[base] != found[base].digest()):
+            raise ArtifactError(
+                f"{storage.uri}/{prefix}: adds to another {base} than the one that is there, its rows may be in both; "
+                f"remove {prefix.rpartition('/')[0]} and its quarantine, validate the day again, then replay it"
+            )
+    return {prefix: made for prefix, made in found.items() if made.counts["rows"] or "adds_to" not in made.details}

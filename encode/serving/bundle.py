@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from encode.data.erasures import erased_users
 from encode.data.parquet import read_parquet
 from encode.errors import ArtifactError
 from encode.interests.extract import state_of
@@ -183,7 +184,8 @@ def load_bundle(
         shard: the users to hold.
 
     Raises:
-        ArtifactError: a link is missing, damaged or belongs to another space, or the mirror test fails.
+        ArtifactError: a link is missing, damaged or belongs to another space, or the mirror test fails, or the list of
+            erased users cannot be read.
     """
     where = f"model version {model_version}"
     card, reader = load_model(files, where)
@@ -198,6 +200,8 @@ def load_bundle(
     prefix = f"{folder}/{pointer.snapshot}"
     if manifest.details.get("space") != card.space:
         raise ArtifactError(f"{prefix}: of space {manifest.details.get('space')}, model needs {card.space}")
+    snapshot = fetch_snapshot(storage, prefix, manifest, cache, shard)
+    snapshot.erased = frozenset(erased_users(storage).tolist())
     return Bundle(
         bundle_id(files, pointer),
         model_version,
@@ -206,7 +210,7 @@ def load_bundle(
         reader,
         engine,
         pointer,
-        fetch_snapshot(storage, prefix, manifest, cache, shard),
+        snapshot,
         _names(storage),
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from encode.config import Places, RegistryConfig
+from encode.data.erasures import erased_users
 from encode.errors import ArtifactError, EncodeError, QualityError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
@@ -59,6 +60,8 @@ class Follower:
         """Model versions that did badly on every snapshot they served: no snapshot of them is loaded, either."""
         self.error: str | None = None
         """Why the newest look failed."""
+        self.erased: frozenset[int] = frozenset()
+        """Users who are unknown to every bundle at hand."""
         self.recorder = Recorder()
         self._places, self._config, self._cache, self._seconds = places, config, cache, seconds
         self._rollout, self._on_refused = rollout or Rollout(), on_refused
@@ -111,12 +114,15 @@ class Follower:
             self._wake.wait(self._seconds)
 
     def look(self) -> None:
-        """Load what aliases and pointers name now, if it is not at hand.
+        """Obey the list of erased users, and load what aliases and pointers name now, if it is not at hand.
 
         Raises:
-            EncodeError: there is no champion, or a bundle cannot be loaded or is refused; what serves, stays.
+            EncodeError: there is no champion, or a bundle cannot be loaded or is refused, or the list cannot be read;
+                what serves, stays.
         """
+        self._storage = self._storage or open_storage(self._places, writing=False)
         try:
+            self._obey_erasures(self._storage)
             self._look_for_champion()
         finally:
             try:
@@ -164,6 +170,14 @@ class Follower:
         self._on_refused(QualityError(self.error))
         _LOG.error("%s", self.error)
 
+    def _obey_erasures(self, storage: Storage) -> None:
+        erased = frozenset(erased_users(storage).tolist())
+        for one in self._held():
+            one.snapshot.erased = erased
+        if erased != self.erased:
+            _LOG.info("%d erased users are answered as unknown", len(erased))
+        self.erased = erased
+
     def _look_for_champion(self) -> None:
         champion = self._bring(CHAMPION)
         if champion is None:
@@ -190,12 +204,12 @@ class Follower:
 
     def _bring(self, alias: str) -> Bundle | None:
         """Return the bundle that an alias leads to, at hand or loaded and tried; None where nothing has the alias."""
-        self._storage = self._storage or open_storage(self._places, writing=False)
+        storage = self._storage = self._storage or open_storage(self._places, writing=False)
         self._registry = self._registry or Registry(self._places, self._config)
         version = self._registry.by_alias(alias)
         if version is None or (alias != CHAMPION and REFUSED in version.tags):
             return None
-        pointer = read_pointer(self._storage, folder_of(version.space))
+        pointer = read_pointer(storage, folder_of(version.space))
         if pointer is not None:
             chain = version.number, pointer[0]
             if why := self.refused.get(chain) or self.withdrawn.get(version.number):
@@ -206,7 +220,7 @@ class Follower:
             if (held := next((one for one in self._held() if one.chain == chain), None)) is not None:
                 return held
         files = self._registry.files(version)
-        bundle = load_bundle(self._storage, files, version.number, self._cache, self._rollout.shard)
+        bundle = load_bundle(storage, files, version.number, self._cache, self._rollout.shard)
         try:
             try_bundle(bundle, self.recorder.latest(), self._rollout.max_model_ms, self.bundle)
         except Exception as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,22 @@ class Shard:
 ALL_USERS = Shard()
 
 
+@contextmanager
+def claimed(cache: Path) -> Iterator[None]:
+    """Keep a folder of snapshots for this process alone: another one would remove what this one has mapped.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{cache}: another process serves from it; give each one a --cache of its own") from None
+        yield
+
+
 class LocalSnapshot:
     """Interests by user id, read from mapped Arrow IPC files."""
 
@@ -63,6 +81,8 @@ class LocalSnapshot:
         self.prefixes = {part.at or prefix for part in manifest.parts}
         """The snapshots whose files this one consists of."""
         self.shard = shard
+        self.erased: Set[int] = frozenset()
+        """Users who are not found whatever the files hold; replaced as a whole while requests are answered."""
         self._num_buckets = num_buckets_of(manifest, prefix)
         # Files of a bucket are listed oldest first; what the newest says of a user holds.
         self._buckets: dict[str, list[_MappedPart]] = {}
@@ -75,6 +95,8 @@ class LocalSnapshot:
 
     def find(self, user_id: int) -> dict[str, Any] | None:
         """Return the user's row as Arrow scalars by column name, or None for a user without a row in this shard."""
+        if user_id in self.erased:
+            return None
         found = (part.find(user_id) for part in self._buckets.get(snapshot_file(self._bucket(user_id)), ()))
         return next((row for row in found if row is not None), None)
 
@@ -82,15 +104,16 @@ class LocalSnapshot:
         return int(bucket_of(np.array([user_id]), self._num_buckets)[0])
 
     def busiest_user(self) -> int:
-        """Return the user with the most behaviors, the smallest id among equals: somebody worth looking at.
+        """Return the user with the most behaviors, the smallest id among equals: somebody worth looking at, not erased.
 
         Raises:
             ArtifactError: the snapshot holds nobody.
         """
         parts = [part for parts in self._buckets.values() for part in parts if len(part.user_ids)]
-        if not parts:
+        found = [one for part in parts if (one := part.busiest(self.erased))[0] >= 0]
+        if not found:
             raise ArtifactError("snapshot without users; refresh the space")
-        return min((part.busiest() for part in parts), key=lambda one: (-one[0], one[1]))[1]
+        return min(found, key=lambda one: (-one[0], one[1]))[1]
 
     def user_ids(self) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the ids of all users, a bucket at a time, ascending within it."""
@@ -113,9 +136,10 @@ class _MappedPart:
             self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in self._batches])
         self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
 
-    def busiest(self) -> tuple[int, int]:
-        """Return the most behaviors of a user in this part, and the user."""
+    def busiest(self, left_out: Set[int]) -> tuple[int, int]:
+        """Return the most behaviors of a user in this part, -1 where all are left out, and the user."""
         counts = np.concatenate([batch.column("num_behaviors").to_numpy() for batch in self._batches])
+        counts[np.isin(self.user_ids, list(left_out))] = -1
         place = int(np.argmax(counts))
         return int(counts[place]), int(self.user_ids[place])
 

@@ -96,14 +96,16 @@ class State(Collector):
         ready: Callable[[], bool],
         work: Work,
         now: Callable[[], datetime],
+        erased: Callable[[], int],
     ) -> None:
-        self._in_use, self._ready, self._work, self._now = in_use, ready, work, now
+        self._in_use, self._ready, self._work, self._now, self._erased = in_use, ready, work, now, erased
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("encode_ready", "1 if requests should be sent here.", float(self._ready()))
         for name, text, value in (
             ("requests_at_work", "Requests at work or waiting now.", self._work.count),
             ("arriving_bytes", "Of bodies that are not complete.", self._work.arrived),
+            ("erased_users", "Users on the list of those who are answered as unknown.", self._erased()),
         ):
             yield GaugeMetricFamily(f"encode_{name}", text, float(value))
         age = GaugeMetricFamily(

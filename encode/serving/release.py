@@ -24,22 +24,29 @@ def loaded(registry: Registry, places: Places, version: Version) -> Iterator[Bun
         yield load_bundle(open_storage(places), registry.files(version), version.number, Path(cache))
 
 
-def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> str:
+def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again: bool = False) -> str:
     """Ask serving to look at the registry now, and wait until it serves exactly this bundle.
 
     A newer snapshot of the same model version, published meanwhile, is as good.
+
+    Args:
+        places: where the serving process is.
+        bundle: that is to serve.
+        say: told where nothing is to be asked.
+        again: serving is to try also what it has refused or withdrawn, for somebody has decided so.
 
     Returns:
         The address of the serving process, or "no serving process" where none is configured.
 
     Raises:
-        TimeoutError: it still serves something else after two minutes; waiting again may cure it.
+        TimeoutError: it refuses the bundle, or serves something else after two minutes; asking again may cure it.
     """
     if not places.serving_url:
         say("no serving process is configured; the bundle was loaded and checked here")
         return "no serving process"
+    wanted = {"model_version": bundle.model_version, "snapshot": bundle.pointer.snapshot}
     with connect(places) as client:
-        client.post("/v1/release/reload").raise_for_status()
+        client.post("/v1/release/reload", params={"again": again}).raise_for_status()
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:
             state = client.get("/v1/release").json()
@@ -47,7 +54,8 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None]) -> st
             newer = served["model_version"] == bundle.model_version and served["as_of"] > str(bundle.pointer.as_of)
             if served["id"] == bundle.id or newer:
                 return places.serving_url
-            if time.monotonic() > until:
+            refused = any(wanted.items() <= one.items() for one in state["refused"])
+            if refused or time.monotonic() > until:
                 raise TimeoutError(
                     f"{places.serving_url}: serves {state['bundle']}, expected bundle {bundle.id}; its last error: "
                     f"{state['error']}. The alias has moved and serving follows it by itself: do not roll back again"

@@ -8,6 +8,7 @@ ground up:
     processes     one process group: start, identity, stop
     health        one question to a server: are you ready, and if not, what is missing
     home          the files of a home: credentials, ports, process ids, lock
+    policies      who may do what in the object store
     ports         which port each component gets
     components    the four components: command, environment, ports, health
     launch        several components in the order of their needs

@@ -1,10 +1,10 @@
-"""Client of Airflow's REST API: unpause a DAG, trigger it, wait for the run and say how it goes."""
+"""Client of Airflow's REST API: unpause a DAG, trigger or backfill it, wait for the run and say how it goes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import date, datetime
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ POLL_INTERVAL = 1.0
 LOG_LINES = 30
 PAGE = 100
 _PRINTED = "task.stdout"
+_BACKFILL_TRIES = 20
 
 # An import error that the DAG processor has not taken back for so long is not of an older file.
 IMPORT_ERROR_PATIENCE = 20.0
@@ -69,7 +70,7 @@ class AirflowClient:
         deadline = time.monotonic() + timeout
         broken_since: dict[str, float] = {}
         while True:
-            answer = self._request("GET", f"/dags/{quote(dag_id, safe='')}", accept=(404,))
+            answer = self.request("GET", f"/dags/{quote(dag_id, safe='')}", accept=(404,))
             if answer.status_code != 404:
                 return _json(answer)
             now = time.monotonic()
@@ -86,12 +87,19 @@ class AirflowClient:
 
     def import_errors(self) -> dict[str, str]:
         """Traceback by DAG file, of the files that Airflow could not import."""
-        found = _json(self._request("GET", "/importErrors", params={"limit": PAGE}))["import_errors"]
+        found = _json(self.request("GET", "/importErrors", params={"limit": PAGE}))["import_errors"]
         return {error["filename"]: error["stack_trace"] for error in found}
 
     def unpause(self, dag_id: str) -> None:
         """Let the scheduler run `dag_id`; new DAGs are paused."""
-        self._request("PATCH", f"/dags/{quote(dag_id, safe='')}", json={"is_paused": False})
+        self._set_paused(dag_id, paused=False)
+
+    def pause(self, dag_id: str) -> None:
+        """Let the scheduler start no run of `dag_id`; what runs goes on."""
+        self._set_paused(dag_id, paused=True)
+
+    def _set_paused(self, dag_id: str, *, paused: bool) -> None:
+        self.request("PATCH", f"/dags/{quote(dag_id, safe='')}", json={"is_paused": paused})
 
     def trigger(
         self,
@@ -114,23 +122,62 @@ class AirflowClient:
         body: Json = {"logical_date": logical_date.isoformat() if logical_date else None, "conf": dict(conf or {})}
         if run_id is not None:
             body["dag_run_id"] = run_id
-        answer = self._request("POST", f"/dags/{quote(dag_id, safe='')}/dagRuns", json=body, accept=(400, 409, 422))
+        answer = self.request("POST", f"/dags/{quote(dag_id, safe='')}/dagRuns", json=body, accept=(400, 409, 422))
         if answer.status_code == 409 and run_id is not None:
             return self.run(dag_id, run_id)
         if answer.status_code in (400, 409, 422):
             raise ConfigError(f"{dag_id}: Airflow refuses the run with conf {body['conf']}: {_explanation(answer)}")
         return _json(answer)
 
+    def backfill(
+        self, dag_id: str, first: date, last: date, conf: Mapping[str, Any] | None = None, max_active_runs: int = 1
+    ) -> Json:
+        """Create a run for each data interval of `dag_id` that begins on a day from `first` to `last`.
+
+        The DAG is paused meanwhile. On SQLite Airflow 3.3 often answers 503 and takes back what it has created by
+        then; its scheduler ends if it has begun with a run that is taken back.
+
+        Raises:
+            ConfigError: the DAG has no schedule of its own, another backfill of it runs, or Airflow refuses `conf`.
+        """
+        path = f"/dags/{quote(dag_id, safe='')}"
+        was_paused = _json(self.request("GET", path))["is_paused"]
+        body = {
+            "dag_id": dag_id,
+            "from_date": f"{first}T00:00:00Z",
+            "to_date": f"{last}T00:00:00Z",
+            "dag_run_conf": dict(conf or {}),
+            "max_active_runs": max_active_runs,
+        }
+        self.pause(dag_id)
+        try:
+            for _ in range(_BACKFILL_TRIES):
+                answer = self.request("POST", "/backfills", json=body, accept=(400, 409, 422, 503))
+                if answer.status_code != 503:
+                    break
+                time.sleep(POLL_INTERVAL)
+        finally:
+            if not was_paused:
+                self.unpause(dag_id)
+        if answer.status_code in (400, 409, 422):
+            raise ConfigError(f"{dag_id}: Airflow refuses the backfill {first} to {last}: {_explanation(answer)}")
+        return _json(_checked(answer))
+
+    def clear(self, dag_id: str, run_id: str) -> None:
+        """Let all tasks of a run begin again."""
+        body = {"dry_run": False, "dag_run_id": run_id, "only_failed": False, "reset_dag_runs": True}
+        self.request("POST", f"/dags/{quote(dag_id, safe='')}/clearTaskInstances", json=body)
+
     def run(self, dag_id: str, run_id: str) -> Json:
         """One run of `dag_id`; its "state" is queued, running, success or failed."""
-        return _json(self._request("GET", _run_path(dag_id, run_id)))
+        return _json(self.request("GET", _run_path(dag_id, run_id)))
 
     def runs(self, dag_id: str, after: datetime | None = None) -> list[Json]:
         """The latest runs of `dag_id`, oldest first; with `after` those due at or after that time."""
         params: Json = {"order_by": "-run_after", "limit": PAGE}
         if after is not None:
             params["run_after_gte"] = after.isoformat()
-        answer = self._request("GET", f"/dags/{quote(dag_id, safe='')}/dagRuns", params=params)
+        answer = self.request("GET", f"/dags/{quote(dag_id, safe='')}/dagRuns", params=params)
         return list(reversed(_json(answer)["dag_runs"]))
 
     def task_instances(self, dag_id: str, run_id: str) -> list[Json]:
@@ -138,7 +185,7 @@ class AirflowClient:
         found: list[Json] = []
         while True:
             params = {"limit": PAGE, "offset": len(found)}
-            page = _json(self._request("GET", f"{_run_path(dag_id, run_id)}/taskInstances", params=params))
+            page = _json(self.request("GET", f"{_run_path(dag_id, run_id)}/taskInstances", params=params))
             found += page["task_instances"]
             if len(found) >= page["total_entries"] or not page["task_instances"]:
                 return found
@@ -163,7 +210,7 @@ class AirflowClient:
         """The entries that the latest try of a task has logged so far."""
         path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task['task_id'], safe='')}/logs/{task['try_number']}"
         params = {"map_index": task["map_index"], "full_content": True}
-        answer = self._request("GET", path, params=params, accept=(404,))
+        answer = self.request("GET", path, params=params, accept=(404,))
         if answer.status_code == 404:
             return None
         content = _json(answer)["content"]
@@ -187,7 +234,7 @@ class AirflowClient:
             tasks = self.task_instances(dag_id, run_id)
             for task in sorted(tasks, key=lambda task: task["start_date"] or "~"):
                 name, state = _task_name(task), task["state"]
-                if state in ("running", "success", "failed") and not over_before:
+                if state in ("running", "success", "failed", "skipped") and not over_before:
                     told[name] = self._tell(dag_id, run_id, task, told.get(name, 0), say)
                 if state is not None and seen.get(name) != state:
                     seen[name] = state
@@ -207,7 +254,7 @@ class AirflowClient:
     def task_result(self, dag_id: str, run_id: str, task_id: str) -> Any:
         """What a task of a run returned, None when it returned nothing."""
         path = f"{_run_path(dag_id, run_id)}/taskInstances/{quote(task_id, safe='')}/xcomEntries/return_value"
-        answer = self._request("GET", path, params={"deserialize": "false", "stringify": "false"}, accept=(404,))
+        answer = self.request("GET", path, params={"deserialize": "false", "stringify": "false"}, accept=(404,))
         return None if answer.status_code == 404 else _json(answer)["value"]
 
     def wait_for_consumer(self, dag_id: str, source_run_id: str, timeout: float) -> Json:
@@ -221,7 +268,7 @@ class AirflowClient:
             # Airflow 3.3 cannot show the events of a run that has not started.
             for run in reversed([run for run in self.runs(dag_id) if run["start_date"]]):
                 path = f"{_run_path(dag_id, run['dag_run_id'])}/upstreamAssetEvents"
-                events = _json(self._request("GET", path))["asset_events"]
+                events = _json(self.request("GET", path))["asset_events"]
                 if any(event["source_run_id"] == source_run_id for event in events):
                     return run
             time.sleep(POLL_INTERVAL)
@@ -245,7 +292,8 @@ class AirflowClient:
             text += [f"    {line}" for line in log.splitlines()]
         return "\n".join(text)
 
-    def _request(self, method: str, path: str, *, accept: tuple[int, ...] = (), **options: Any) -> httpx.Response:
+    def request(self, method: str, path: str, *, accept: tuple[int, ...] = (), **options: Any) -> httpx.Response:
+        """Send what has no method here to `path` below /api/v2; `accept` are error statuses that are no error."""
         if "authorization" not in self._http.headers:
             self._log_in()
         answer = self._http.request(method, f"/api/v2{path}", **options)

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from encode.errors import ConfigError
-from encode.stack import health
+from encode.stack import health, policies
 from encode.stack.home import Credentials
+from encode.stack.policies import BUCKET
 
-BUCKET = "encode"
 REGION = "us-east-1"
 NAMES = ("objectstore", "mlflow", "airflow", "serving")
 
@@ -34,6 +34,13 @@ PORTS: Mapping[str, tuple[str, ...]] = {
     "serving": ("main",),
 }
 DEFAULT_PORTS: Mapping[str, int] = {"objectstore": 8333, "mlflow": 5000, "airflow": 8080, "serving": 8000}
+
+# Of `policies.ROLES`, by connection.
+STORE_CONNECTIONS: Mapping[str, str] = {
+    "ENCODE_STORE": "publish",
+    "ENCODE_VALIDATE_STORE": "train",
+    "ENCODE_TRAIN_STORE": "train",
+}
 
 # Seconds between SIGTERM and SIGKILL. Idle, the slowest needs 4; Airflow's also wait for running tasks.
 STOP_GRACE: Mapping[str, float] = {"objectstore": 10.0, "mlflow": 10.0, "airflow": 15.0, "serving": 10.0}
@@ -60,6 +67,10 @@ class Store:
             "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+    def as_role(self, role: str, secrets: Mapping[str, str]) -> Store:
+        """The same store for a role of `policies.ROLES`, with the role's key."""
+        return replace(self, access_key=policies.access_key(role), secret_key=secrets[role])
 
 
 @dataclass(frozen=True)
@@ -114,17 +125,25 @@ def loopback(port: int) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def object_store(folder: Path, ports: Mapping[str, int], access_key: str, secret_key: str) -> Component:
+def object_store(
+    folder: Path,
+    ports: Mapping[str, int],
+    access_key: str,
+    secret_key: str,
+    role_secrets: Mapping[str, str] | None = None,
+) -> Component:
     """SeaweedFS in one process, S3 with signatures required, nothing else reachable over HTTP.
+
+    Args:
+        folder: Its data and working directory.
+        ports: Port numbers by role.
+        access_key: Of the administrator.
+        secret_key: Of the administrator.
+        role_secrets: Secret key by role of `policies.ROLES`, for keys that may do no more than their role.
 
     Raises:
         ConfigError: The program `weed` is not installed.
     """
-    identity = {
-        "name": "encode",
-        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
     identities = folder / "s3.json"
     port_flags = {
         "s3.port": "main",
@@ -155,7 +174,7 @@ def object_store(folder: Path, ports: Mapping[str, int], access_key: str, secret
         command=command,
         settings={"GOMEMLIMIT": "600MiB"},
         problem=lambda: health.object_store_problem(url, BUCKET, access_key, secret_key),
-        files={identities: json.dumps({"identities": [identity]})},
+        files={identities: policies.identities((access_key, secret_key), role_secrets or {})},
     )
 
 
@@ -199,7 +218,8 @@ def airflow(
     """Airflow's scheduler, DAG processor, triggerer and API server, on SQLite.
 
     The stores reach its tasks as connections (encode_store, encode_mlflow, encode_serving) and not
-    as AWS_* variables: a DAG that works here works where only connections exist.
+    as AWS_* variables: a DAG that works here works where only connections exist. Their keys may do
+    what their DAGs do, and no more.
     """
     url = loopback(ports["main"])
     passwords = folder / "passwords.json"
@@ -228,7 +248,7 @@ def airflow(
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "GX_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        **airflow_connections(store, mlflow_url, serving_url),
+        **airflow_connections(store, mlflow_url, serving_url, credentials.role_secrets),
     }
     return Component(
         name="airflow",
@@ -242,20 +262,29 @@ def airflow(
     )
 
 
-def airflow_connections(store: Store, mlflow_url: str, serving_url: str) -> dict[str, str]:
-    """The three connections of our DAGs as environment variables in Airflow's JSON form."""
+def airflow_connections(
+    store: Store, mlflow_url: str, serving_url: str, role_secrets: Mapping[str, str]
+) -> dict[str, str]:
+    """The connections of our DAGs as environment variables in Airflow's JSON form.
+
+    A DAG has the connection of its name, with the key of its role, or else `encode_store`.
+    """
     connections = {
-        "ENCODE_STORE": {
-            "conn_type": "generic",
-            "host": store.bucket,
-            "login": store.access_key,
-            "password": store.secret_key,
-            "extra": {"endpoint_url": store.endpoint_url, "region": REGION},
-        },
+        **{name: _store_connection(store.as_role(role, role_secrets)) for name, role in STORE_CONNECTIONS.items()},
         "ENCODE_MLFLOW": {"conn_type": "http", "host": mlflow_url},
         "ENCODE_SERVING": {"conn_type": "http", "host": serving_url},
     }
     return {f"AIRFLOW_CONN_{name}": json.dumps(fields) for name, fields in connections.items()}
+
+
+def _store_connection(store: Store) -> dict[str, object]:
+    return {
+        "conn_type": "generic",
+        "host": store.bucket,
+        "login": store.access_key,
+        "password": store.secret_key,
+        "extra": {"endpoint_url": store.endpoint_url, "region": REGION},
+    }
 
 
 def serving(folder: Path, ports: Mapping[str, int], environment: Mapping[str, str]) -> Component:

@@ -18,11 +18,12 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from encode.errors import ArtifactError, ConfigError
+from encode.stack.policies import ROLES
 from encode.stack.processes import ProcessRecord
 
 MADE_BY = "encode.stack"
@@ -41,6 +42,8 @@ class Credentials:
     fernet_key: str
     jwt_secret: str
     session_secret: str
+    role_secrets: Mapping[str, str] = field(default_factory=dict)
+    """Secret key by role of `policies.ROLES`."""
 
 
 @dataclass(frozen=True)
@@ -129,20 +132,14 @@ def write_state(home: Path, state: State) -> None:
 
 
 def credentials(home: Path) -> Credentials:
-    """The secrets of `home`, generated on the first call.
+    """The secrets of `home`, generated on the first call; those of roles also where an earlier version made the home.
 
     Raises:
         ArtifactError: `credentials.json` cannot be read.
     """
     path = home / "credentials.json"
-    if path.exists():
-        try:
-            return Credentials(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(
-                f"{path}: found {error}, expected the secrets of a local stack; `encode stack clean` makes a new start"
-            ) from error
-    made = Credentials(
+    found = _read_credentials(path) if path.exists() else None
+    made = found or Credentials(
         access_key=secrets.token_hex(10).upper(),
         secret_key=secrets.token_hex(20),
         airflow_username="admin",
@@ -151,8 +148,19 @@ def credentials(home: Path) -> Credentials:
         jwt_secret=secrets.token_hex(32),
         session_secret=secrets.token_hex(32),
     )
-    write_private(path, json.dumps(asdict(made), indent=2) + "\n")
+    made = replace(made, role_secrets={role: secrets.token_hex(20) for role in ROLES} | dict(made.role_secrets))
+    if made != found:
+        write_private(path, json.dumps(asdict(made), indent=2) + "\n")
     return made
+
+
+def _read_credentials(path: Path) -> Credentials:
+    try:
+        return Credentials(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{path}: found {error}, expected the secrets of a local stack; `encode stack clean` makes a new start"
+        ) from error
 
 
 def write_private(path: Path, text: str) -> None:

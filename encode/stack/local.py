@@ -223,11 +223,12 @@ def _components(home: Path, entries: Mapping[str, Entry], dags_folder: Path, nam
     ports = {name: entry.ports for name, entry in entries.items()}
     urls = {name: entry.url for name, entry in entries.items()}
     store = parts.Store(urls["objectstore"], credentials.access_key, credentials.secret_key)
+    role_secrets = credentials.role_secrets
     made: dict[str, Callable[[Path], Component]] = {
         "objectstore": lambda folder: parts.object_store(
-            folder, ports["objectstore"], store.access_key, store.secret_key
+            folder, ports["objectstore"], store.access_key, store.secret_key, role_secrets
         ),
-        "mlflow": lambda folder: parts.mlflow_server(folder, ports["mlflow"], store),
+        "mlflow": lambda folder: parts.mlflow_server(folder, ports["mlflow"], store.as_role("mlflow", role_secrets)),
         "airflow": lambda folder: parts.airflow(
             folder,
             ports["airflow"],
@@ -237,7 +238,11 @@ def _components(home: Path, entries: Mapping[str, Entry], dags_folder: Path, nam
             mlflow_url=urls["mlflow"],
             serving_url=urls["serving"],
         ),
-        "serving": lambda folder: parts.serving(folder, ports["serving"], _client_environment(credentials, urls)),
+        "serving": lambda folder: parts.serving(
+            folder,
+            ports["serving"],
+            _client_environment(credentials, urls) | store.as_role("serve", role_secrets).environment(),
+        ),
     }
     return [made[name](home / name) for name in parts.NAMES if name in names]
 

@@ -49,6 +49,10 @@ class Storage(Protocol):
         """Write the object if it still has `version`. Raises LostRace when it has not; equal bytes may count too."""
         ...
 
+    def remove(self, key: str) -> None:
+        """Remove the object if it is there."""
+        ...
+
     def list(self, prefix: str) -> list[str]:
         """Return all keys that begin with `prefix`, sorted by bytes."""
         ...

@@ -71,6 +71,9 @@ class FolderStorage:
                 raise LostRace(key)
             aside.replace(path)
 
+    def remove(self, key: str) -> None:
+        (self._root / check_key(key)).unlink(missing_ok=True)
+
     def list(self, prefix: str) -> list[str]:
         folder = self._root / prefix.rpartition("/")[0]
         keys = (p.relative_to(self._root).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -69,7 +69,7 @@ class S3Storage:
                 self._probed.add((self._places.endpoint_url, self._bucket))
                 return
             finally:
-                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+                self.remove(key)
         raise ConfigError(
             f"store {self.uri} at {self._places.endpoint_url}: it ignores If-None-Match on PUT, so publishing is not "
             "safe; expected status 412. Use another store, or set ENCODE_SINGLE_WRITER=1 (in Airflow, `single_writer` "
@@ -129,6 +129,9 @@ class S3Storage:
             found = self.get_versioned(key)
             if found is None or found[0] != data:
                 raise LostRace(key) from None
+
+    def remove(self, key: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + check_key(key))
 
     def list(self, prefix: str) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2").paginate(

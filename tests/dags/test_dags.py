@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from encode import steps
-from encode.config import Places, load_config
+from encode.config import Places, load_config, presets
 from encode.stack.components import REGION
 
 ROOT = Path(__file__).parents[2]
 DAGS = ROOT / "dags"
 SMALL = ROOT / "tests" / "samples" / "small.yaml"
-NAMES = ["encode_refresh", "encode_release", "encode_train", "encode_validate"]
+NAMES = ["encode_refresh", "encode_release", "encode_rollback", "encode_train", "encode_validate"]
 
 PARSE = """
 import json, sys, time
@@ -28,7 +28,7 @@ heavy = [name for name in ("torch", "mlflow", "great_expectations", "pandas", "n
 
 
 def shown(param):
-    return {"title": param.schema["title"], "description": param.description}
+    return {"title": param.schema["title"], "description": param.description, "examples": param.schema.get("examples")}
 
 
 dags = {
@@ -85,12 +85,12 @@ def test_parsing_is_quick_and_imports_nothing_heavy(parsed):
 def test_every_dag_explains_itself_in_the_ui(parsed):
     for dag in parsed["dags"].values():
         assert dag["docs"]
-        assert "preset" in dag["params"]
+        assert dag["params"]["preset"]["examples"] == presets()
         assert all(param["title"] and param["description"] for param in dag["params"].values())
 
 
 def test_errors_of_ours_are_not_retried(parsed):
-    assert {tuple(dag["retry"]) for dag in parsed["dags"].values()} == {("ExceptionRetryPolicy",)}
+    assert {policy for dag in parsed["dags"].values() for policy in dag["retry"]} == {"ExceptionRetryPolicy"}
 
 
 def test_assets_join_the_dags(parsed):
@@ -100,6 +100,7 @@ def test_assets_join_the_dags(parsed):
         "encode_train": ["encode_candidate"],
         "encode_refresh": ["encode_interests"],
         "encode_release": [],
+        "encode_rollback": [],
     }
 
 
@@ -166,14 +167,20 @@ def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, 
     assert runs == [
         ("encode_validate", "success"),
         ("encode_validate", "failed"),
-        ("encode_train", "success"),
-        ("encode_refresh", "success"),
+        *[("encode_train", "success")] * 3,
+        *[("encode_refresh", "success")] * 3,
         ("encode_release", "success"),
         ("encode_train", "failed"),
     ], results
-    values = [run["value"] for run in results["runs"]]
-    assert values[0]["rows"] == 61_461
-    assert list(values[3]["snapshots"]) == [values[2]["space"]]
-    assert values[4]["outcome"] == "released"
-    assert values[4]["version"] == values[2]["version"]
+    validated, _, *both, released, _ = (run["value"] for run in results["runs"])
+    assert [run["task"] for run in results["runs"][2:8]] == ["skipped", "success", "skipped"] * 2
+    (train_plan, trained, trained_plan), (refresh_plan, refreshed, refreshed_plan) = both[:3], both[3:]
+    assert validated["rows"] == 61_461
+    assert train_plan["writes"] == [trained["model"], "spaces"]
+    assert (train_plan["rows"], trained_plan["done"], trained_plan["writes"]) == (61_460, True, [])
+    assert refresh_plan["writes"] == ["histories", f"interests/{trained['space']}"]
+    assert list(refreshed["snapshots"]) == [trained["space"]]
+    assert (refreshed_plan["spaces"], refreshed_plan["writes"]) == (refreshed["snapshots"], [])
+    assert released["outcome"] == "released"
+    assert released["version"] == trained["version"]
     assert object_store.secret_key not in json.dumps(results)

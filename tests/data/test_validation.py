@@ -124,7 +124,7 @@ def test_a_second_run_is_a_no_op_and_another_store_gets_the_same_bytes(tmp_path,
         put_rows(storage, [*good_rows(300), (1, 1, 1, "pv", None)])
         validate_day(storage, DAY, config())
     assert content(stores[0]) == content(stores[1])
-    monkeypatch.setattr(daily, "_judge_rows", lambda *_: pytest.fail("the day was judged again"))
+    monkeypatch.setattr(daily, "judge_rows", lambda *_: pytest.fail("the day was judged again"))
     again = validate_day(stores[0], DAY, config())
     assert again.unchanged
     assert (again.rows, again.rejected, again.reasons) == (301, 1, {"timestamp_missing": 1})
@@ -299,7 +299,11 @@ def test_a_window_is_landed_validated_and_then_left_alone(tmp_path):
     assert (summary["validated"], summary["unchanged"]) == (4, 0)
     assert summary["rows"] == summary["accepted"] == landed.landed
     assert said[0] == "4 days to validate, 0 validated before"
-    assert "validated 4/4 days" in said[-1]
+    assert "validated 4/4 days" in said[1]
+    assert (
+        said[2] == f"4 days were not compared with earlier ones, for want of them: {landed.days[0]} to {landed.days[3]}"
+    )
+    assert said[3].startswith(f"Data Docs: {storage.uri}/quarantine/dt=DAY/index.html")
     again = validate_window(storage, window, settings_)
     assert again == summary | {"validated": 0, "unchanged": 4}
     histories, _ = read_histories(storage, window.end)
@@ -339,6 +343,95 @@ def test_a_real_sample_goes_all_the_way(tmp_path):
     histories, inputs = read_histories(storage, window.end)
     assert len(inputs) == 14
     assert set(histories.user_ids) == set(inside["user_id"].to_pylist())
+
+
+# --- beside the days before --------------------------------------------------------------------------------
+
+
+def many_rows(day, count=200):
+    """Rows of 100 users around the clock; days differ a little."""
+    first = day.toordinal() % 7
+    return [
+        (1 + (i * 37 + first) % 100, 1 + i, 1 + i % 3, "pv", day_start(day) + i * 86_400 // count) for i in range(count)
+    ]
+
+
+def week(storage, count=8):
+    days = [DAY + timedelta(days=number) for number in range(count)]
+    for day in days:
+        put_rows(storage, many_rows(day), day)
+    return days, Window(days[0], days[-1] + timedelta(days=1))
+
+
+def test_an_unusual_day_is_said_recorded_and_published(tmp_path):
+    storage = FolderStorage(tmp_path)
+    days, window = week(storage)
+    put_rows(storage, many_rows(days[-1])[:100], days[-1])
+    said = []
+    summary = validate_window(storage, window, config(), said.append)
+    assert (summary["days"], summary["compared"]) == (8, 1)
+    assert "7 days were not compared with earlier ones, for want of them: 2024-03-05 to 2024-03-11" in said
+    (rows, hours) = (next(w for w in summary["warnings"] if text in w) for text in ("rows: found 100", "PSI of hours"))
+    assert rows == "2024-03-12: rows: found 100, usually 160 to 250"
+    assert rows in said
+    assert hours in said
+    manifest = read_manifest(storage, f"quarantine/dt={days[-1]}")
+    assert list(manifest.details["compared_with"]) == [str(day) for day in days[:-1]]
+    page = storage.get(f"quarantine/dt={days[-1]}/index.html").decode()
+    assert f"{days[-1]}: published, {len(summary['warnings'])} warnings" in page
+    assert "<td>rows</td><td>100</td><td>160</td><td>250</td>" in page
+    assert "Not compared with the days before it" in storage.get(f"quarantine/dt={days[0]}/index.html").decode()
+    result = json.loads(storage.get(f"quarantine/dt={days[-1]}/result.json"))
+    measured = {
+        one["expectation_config"]["kwargs"]["measure"]: (one["success"], one["expectation_config"]["severity"])
+        for one in result["results"]
+        if one["expectation_config"]["type"] == "expect_measure_to_be_between"
+    }
+    assert measured["rows"] == (False, "warning")
+    assert measured["items"][1] == "info"
+    assert validate_window(storage, window, config())["warnings"] == summary["warnings"]
+
+
+def test_the_order_of_validation_changes_what_is_said_and_not_what_is_published(tmp_path):
+    forward, backward = FolderStorage(tmp_path / "forward"), FolderStorage(tmp_path / "backward")
+    days, window = week(forward)
+    week(backward)
+    validate_window(forward, window, config())
+    for day in reversed(days):
+        validate_day(backward, day, config())
+    published = [{k: v for k, v in content(one).items() if k.startswith("behaviors/")} for one in (forward, backward)]
+    assert published[0] == published[1]
+    compared = [
+        read_manifest(storage, f"quarantine/dt={days[-1]}").details["compared_with"] for storage in (forward, backward)
+    ]
+    assert [len(one) for one in compared] == [7, 0]
+    # Its neighbors are there by now, and so are wider bands: a day that is done stays as it is.
+    before = content(backward)
+    other = config(trends={"width": 9.0, "min_days": 3})
+    assert validate_window(backward, window, other)["unchanged"] == 8
+    assert content(backward) == before
+
+
+def test_a_day_that_was_killed_before_it_was_published_keeps_its_verdict(tmp_path, dying):
+    die, power_cut = dying
+    storage = FolderStorage(tmp_path)
+    days, window = week(storage)
+    with pytest.raises(power_cut):
+        validate_day(die(storage, 5), days[-1], config())  # its quarantine are three files and a manifest
+    verdict = content(storage)
+    assert f"quarantine/dt={days[-1]}/manifest.json" in verdict
+    summary = validate_window(storage, window, config())
+    assert (summary["validated"], summary["compared"]) == (8, 0)
+    assert content(storage).items() >= verdict.items()
+
+
+def test_a_refused_day_can_be_tried_again_beside_other_days(tmp_path):
+    storage = FolderStorage(tmp_path)
+    days, _ = week(storage)
+    for _ in range(2):
+        with pytest.raises(QualityError, match="found 200, expected min_value 201"):
+            validate_day(storage, days[-1], config(min_rows=201))
+        validate_window(storage, Window(days[0], days[-1]), config())
 
 
 values = st.one_of(st.none(), st.integers(-1, 4), st.sampled_from([NOON, NOON + 1, NOON * 1000]))

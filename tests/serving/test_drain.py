@@ -8,6 +8,8 @@ import time
 import httpx
 import pytest
 
+from encode.cli import main
+
 BODY = b'{"user_id": 1, "item_ids": [10, 11]}'
 HEAD = b"POST /v1/score HTTP/1.1\r\nHost: serving\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
@@ -98,3 +100,12 @@ def test_a_second_signal_ends_the_wait_for_load_balancers(start_serving):
 def test_ctrl_c_does_not_wait(start_serving):
     serving = start_serving("--drain-delay", "600")
     assert serving.stop(signal.SIGINT) == 130
+
+
+def test_a_folder_of_snapshots_is_of_one_process_until_it_ends(start_serving, workdir, tmp_path, capsys):
+    serving = start_serving()
+    command = ["serve", "--preset", "tiny", "--workdir", str(workdir), "--cache", str(tmp_path / "cache")]
+    assert main(command) == 2
+    assert "another process serves from it; give each one a --cache of its own" in capsys.readouterr().err
+    serving.end()
+    start_serving()

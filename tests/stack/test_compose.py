@@ -4,17 +4,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from encode.stack import components
+from encode.stack import components, policies
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
-RUN_ONCE = {"bucket", "airflow-init"}
-SECRET = re.compile(r"PASSWORD|SECRET|ACCESS_KEY|FERNET|SERVING_KEY")
+RUN_ONCE = {"bucket", "identities", "airflow-init"}
+SECRET = re.compile(r"PASSWORD|SECRET|OBJECT_STORE_ACCESS_KEY|FERNET|SERVING_KEY")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_images_are_pinned(services):
         else:
             dockerfile = ROOT / fields["build"]["dockerfile"]
             assert "FROM python:3.11-" in dockerfile.read_text()
-            assert "USER encode" in dockerfile.read_text()
+            assert re.search(r"--uid (\d+) .*^USER \1$", dockerfile.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_whatever_runs_on_is_watched_and_dependencies_are_waited_for(services):
@@ -96,21 +97,44 @@ def test_the_object_store_has_the_flags_of_the_stack_of_processes(services, tmp_
     assert {flag for flag in differing if ".port" not in flag} == {"-dir", "-ip.bind", "-s3.config"}
 
 
+def test_the_object_store_knows_the_roles_of_the_stack_of_processes(services, tmp_path):
+    """What is in the file is tried on a real store by tests/test_policies.py."""
+    environment = {name: f"{name}-value" for name in services["identities"]["environment"]}
+    script = [sys.executable, str(INFRA / "make_identities.py"), str(tmp_path / "s3.json")]
+    subprocess.run(script, env=environment | {"PYTHONPATH": str(ROOT)}, check=True)
+    secrets = {role: f"{role.upper()}_SECRET_KEY-value" for role in policies.ROLES}
+    admin = "OBJECT_STORE_ACCESS_KEY-value", "OBJECT_STORE_SECRET_KEY-value"
+    assert (tmp_path / "s3.json").read_text() == policies.identities(admin, secrets)
+    [shared] = [mount for mount in services["identities"]["volumes"] if mount.startswith("identities:")]
+    assert script[2].endswith(services["identities"]["command"][2].rpartition("/")[2])
+    assert services["identities"]["command"][2].startswith(shared.partition(":")[2])
+    assert "identities:/etc/objectstore:ro" in services["seaweedfs"]["volumes"]
+    assert "-s3.config=/etc/objectstore/s3.json" in services["seaweedfs"]["command"]
+
+
+def test_only_what_makes_bucket_and_identities_has_the_administrator_of_the_store(services):
+    having = {name for name, fields in services.items() if "OBJECT_STORE_SECRET_KEY" in json.dumps(fields)}
+    assert having == {"identities", "bucket", "minio"}
+    for name, role in {"serving": "serve", "mlflow": "mlflow"}.items():
+        environment = services[name]["environment"]
+        assert environment["AWS_ACCESS_KEY_ID"] == policies.access_key(role)
+        assert environment["AWS_SECRET_ACCESS_KEY"] == f"${{{role.upper()}_SECRET_KEY:?set it in infra/.env}}"
+
+
 def test_airflow_has_the_connections_of_the_stack_of_processes_and_no_keys(services):
     store = components.Store("http://objectstore:8333", "key", "secret")
-    ours = components.airflow_connections(store, "http://mlflow:5000", "http://serving:8000")
+    secrets = {role: f"${{{role.upper()}_SECRET_KEY:?set it in infra/.env}}" for role in policies.ROLES}
+    ours = components.airflow_connections(store, "http://mlflow:5000", "http://serving:8000", secrets)
     parts = [name for name in services if name.startswith("airflow-")]
     assert len(parts) == 5
     for name in parts:
         environment = services[name]["environment"]
         assert [variable for variable in environment if variable.startswith("AWS_")] == []
         for variable, text in ours.items():
-            found = json.loads(re.sub(r"\$\{OBJECT_STORE_(ACCESS|SECRET)_KEY:[^}]*\}", r"\1", environment[variable]))
             expected = json.loads(text)
-            assert found.pop("login", None) == ("ACCESS" if "login" in expected else None)
-            key = "${SERVING_KEY_SECRET:?set it in infra/.env}" if variable.endswith("SERVING") else None
-            assert found.pop("password", None) == ("SECRET" if "password" in expected else key)
-            assert found == {key: value for key, value in expected.items() if key not in ("login", "password")}
+            if variable.endswith("SERVING"):
+                expected["password"] = "${SERVING_KEY_SECRET:?set it in infra/.env}"
+            assert json.loads(environment[variable]) == expected
 
 
 def test_mlflow_answers_to_every_name_that_clients_use(services):

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import boto3
@@ -17,7 +18,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from encode.errors import ArtifactError, ConfigError
-from encode.stack import components, health, home, local
+from encode.stack import components, health, home, local, policies
 
 SMALL = ("objectstore", "mlflow")
 
@@ -137,10 +138,55 @@ def test_secrets_are_for_the_owner_only_and_clients_are_told_all(stack):
     assert environment == stack.environment()
     assert environment["ENCODE_STORE"] == "s3://encode"
     assert environment["MLFLOW_TRACKING_URI"] == stack.urls["mlflow"]
-    secret = json.loads(stack.credentials_file.read_text())["secret_key"]
+    made = home.credentials(stack.home)
+    secrets = {made.secret_key, made.airflow_password, made.fernet_key, *made.role_secrets.values()}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            assert secret not in " ".join(process.cmdline()), "a command line is public"
+            line = " ".join(process.cmdline())
+            assert not [secret for secret in secrets if secret in line], "a command line is public"
+
+
+def test_nothing_listens_but_on_the_loopback(stack):
+    """Also what a component starts itself, and ports that nobody asked for."""
+    listening = set()
+    for found in local.status(stack.home):
+        if found.pid:
+            first = psutil.Process(found.pid)
+            for process in (first, *first.children(recursive=True)):
+                listening |= {
+                    (found.name, socket.laddr.ip, socket.laddr.port)
+                    for socket in process.net_connections("inet")
+                    if socket.status == psutil.CONN_LISTEN
+                }
+    entries = home.read_state(stack.home).entries
+    assert {ip for _, ip, _ in listening} == {"127.0.0.1"}
+    assert {port for name, _, port in listening if name == "objectstore"} <= set(entries["objectstore"].ports.values())
+    assert {port for name, _, port in listening if name == "mlflow"} == {entries["mlflow"].ports["main"]}
+
+
+def test_components_have_the_keys_of_their_roles_and_only_people_have_the_administrators(stack):
+    made = home.credentials(stack.home)
+    entries = home.read_state(stack.home).entries
+    built = {one.name: one.settings for one in local._components(stack.home, entries, Path(), components.NAMES)}
+    for name, role in {"mlflow": "mlflow", "serving": "serve"}.items():
+        assert built[name]["AWS_ACCESS_KEY_ID"] == f"encode-{role}"
+        assert built[name]["AWS_SECRET_ACCESS_KEY"] == made.role_secrets[role]
+    for name in ("mlflow", "airflow", "serving"):
+        assert made.secret_key not in json.dumps(dict(built[name]))
+    assert json.loads(built["airflow"]["AIRFLOW_CONN_ENCODE_TRAIN_STORE"])["login"] == "encode-train"
+    assert json.loads(built["airflow"]["AIRFLOW_CONN_ENCODE_STORE"])["login"] == "encode-publish"
+    assert stack.environment()["AWS_SECRET_ACCESS_KEY"] == made.secret_key
+
+
+def test_a_home_of_before_there_were_roles_gets_their_keys_and_keeps_its_own(tmp_path):
+    made = home.credentials(tmp_path)
+    before = {name: value for name, value in asdict(made).items() if name != "role_secrets"}
+    (tmp_path / "credentials.json").write_text(json.dumps(before))
+    again = home.credentials(tmp_path)
+    assert {name: value for name, value in asdict(again).items() if name != "role_secrets"} == before
+    assert set(again.role_secrets) == set(policies.ROLES)
+    assert again.role_secrets != made.role_secrets
+    assert home.credentials(tmp_path) == again
 
 
 def test_two_at_work_on_one_home_is_an_error(stack):
@@ -212,7 +258,7 @@ def test_settings_of_another_platform_are_not_inherited(monkeypatch, tmp_path):
     monkeypatch.setenv("AIRFLOW__DATABASE__SQL_ALCHEMY_CONN", "postgresql://production/airflow")
     monkeypatch.setenv("AWS_PROFILE", "production")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "production")
-    secret = home.Credentials(*["x"] * 7)
+    secret = home.Credentials(*["x"] * 7, role_secrets=dict.fromkeys(policies.ROLES, "secret"))
     store = components.Store("http://127.0.0.1:1", "key", "secret")
     ports = {"main": 1, "worker_logs": 2, "trigger_logs": 3}
     made = components.airflow(

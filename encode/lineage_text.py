@@ -1,0 +1,76 @@
+"""Lineage for people: a tree of indented lines, in which days in a row that say the same are one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from encode.lineage import DAILY, Node
+from encode.schema import canonical_json
+
+_MOST_SHOWN = 8
+"""Lines of siblings."""
+_SHORT = 12
+"""Characters of a digest."""
+
+
+def tree(node: Node) -> Iterator[str]:
+    """Yield the lines of a tree; days in a row that say the same are one line."""
+    yield from _lines([node], 0, "")
+
+
+def _lines(nodes: Sequence[Node], depth: int, arrow: str) -> Iterator[str]:
+    indent = "  " * depth
+    runs = list(_runs(nodes))
+    for run in runs[:_MOST_SHOWN]:
+        first, last = run[0], run[-1]
+        name = first.name if len(run) == 1 else f"{first.name} .. {last.name.rpartition('/')[2]} ({len(run)} days)"
+        yield f"{indent}{arrow}{name}  {_told(run)}".rstrip()
+        yield from (f"{indent}  ! {problem}" for problem in first.problems)
+        for way, sign in (("made_from", "from "), ("goes_into", "into ")):
+            below = [one for node in run for one in getattr(node, way)]
+            yield from _lines(below, depth + 1, sign)
+    left = [node for run in runs[_MOST_SHOWN:] for node in run]
+    if left:
+        yield f"{indent}{arrow}{len(left)} more {left[0].kind}; --json tells all"
+        yield from (f"{indent}  ! {line}" for node in left for line in node.all_problems())
+
+
+def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Join daily partitions side by side that were made alike and have no problem."""
+    run: list[Node] = []
+    for node in nodes:
+        if run and not (_alike(run[-1]) is not None and _alike(run[-1]) == _alike(node)):
+            yield run
+            run = []
+        run.append(node)
+    if run:
+        yield run
+
+
+def _alike(node: Node) -> bytes | None:
+    if node.kind not in DAILY or node.problems or any(one.goes_into or one.problems for one in (node, *node.made_from)):
+        return None
+    told = {name: node.facts.get(name) for name in ("settings", "version", "git_commit", "verified")}
+    return canonical_json({"kind": node.kind, **told, "from": len(node.made_from)})
+
+
+def _told(run: Sequence[Node]) -> str:
+    facts = run[0].facts
+    words = [word for word in ("served", "current") if facts.get(word)]
+    words += [f"as of {facts['as_of']}"] if "as_of" in facts else []
+    words += [", ".join(facts["aliases"])] if facts.get("aliases") else []
+    counts = [one.facts.get("counts", {}) for one in run]
+    for name in ("rows", "rejected", "users", "behaviors", "interests", "items", "categories"):
+        if name in counts[0] and (len(run) == 1 or name != "users"):  # a user may be there on each of the days
+            words.append(f"{sum(one.get(name, 0) for one in counts):,} {name}")
+    user = facts.get("user", {})
+    if "days" in user:
+        words.append(f"user {user['user_id']}: {user['behaviors']:,} behaviors on {len(user['days'])} days")
+    if "problem" in user:
+        words.append(f"user {user['user_id']}: {user['problem']}")
+    if facts.get("grown_since"):
+        words.append("more users were erased since")
+    for name in ("version", "git_commit", "settings", "digest", "model", "run"):
+        if facts.get(name) and (len(run) == 1 or name != "digest"):
+            words.append(f"{name.replace('git_', '')} {str(facts[name])[:_SHORT]}")
+    return ", ".join(words)

@@ -1,0 +1,198 @@
+"""Dry runs: what a step would do, read from manifests and pointers. Nothing is written anywhere.
+
+One function a step, with its arguments. Each says days, inputs found, what is done already and what would be written,
+returns the same as a summary, and raises what the step would raise before it begins to work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import date
+from typing import Any
+
+from encode.config import Config, Places
+from encode.data.daily import changes, report_of
+from encode.data.erasures import ERASURES, erased_users
+from encode.data.grouping import FOLDER, Grouped
+from encode.data.partitions import published_days, validated_days
+from encode.data.raw_days import find_raw_days
+from encode.errors import ConfigError, DataError
+from encode.interests.snapshots import folder_of
+from encode.outputs import read_manifest, recipe
+from encode.pointers import read_base, read_pointer
+from encode.schema import Window, canonical_json, digest
+from encode.storage import Storage, open_storage
+
+Say = Callable[[str], None]
+Summary = dict[str, Any]
+
+
+def validate(config: Config, places: Places, window: Window, say: Say = print) -> Summary:
+    """Say what `steps.validate` would do.
+
+    Returns:
+        `window`, the days `to_validate`, their number that is `unchanged`, `missing_days` without raw data, and what
+        it `writes`.
+
+    Raises:
+        DataError: there is no raw partition in the window, or one changed after it was validated.
+    """
+    storage = _open(config, places)
+    raw_days = find_raw_days(storage, window.days())
+    published = published_days(storage)
+    to_do = [day for day in raw_days if day not in published]
+    missing = [day for day in window.days() if day not in raw_days]
+    say(
+        f"dry run: validate {window}: raw data of {len(raw_days)} days, {len(raw_days) - len(to_do)} of them validated "
+        f"before; no raw data: {_spans(missing)}"
+    )
+    if not raw_days:
+        raise DataError(f"{storage.uri}/raw: no raw data for any day of {window}; land the log, or choose other days")
+    for day, raw in raw_days.items():
+        done = read_manifest(storage, published[day][-1]) if day in published else None
+        if done is not None and changes(raw, config, done):
+            report_of(storage, raw, config, done)
+    writes = [f"{kind}/dt={day}" for day in to_do for kind in ("behaviors", "quarantine")]
+    say(
+        f"dry run: would validate {_spans(to_do)} and write behaviors/dt=DAY and quarantine/dt=DAY"
+        if to_do
+        else "dry run: nothing to do"
+    )
+    return {
+        "window": str(window),
+        "to_validate": [str(day) for day in to_do],
+        "unchanged": len(raw_days) - len(to_do),
+        "missing_days": [str(day) for day in missing],
+        "writes": writes,
+    }
+
+
+def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summary:
+    """Say what `steps.train` would do.
+
+    Returns:
+        `as_of`, `days` and `rows` of behaviors found, whether the model is `done` already, and what it `writes`.
+
+    Raises:
+        ArtifactError: there are no validated behaviors.
+    """
+    storage = _open(config, places)
+    found = validated_days(storage, as_of)
+    inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
+    if len(erased := erased_users(storage)):
+        inputs[ERASURES] = digest(erased.tobytes())
+    prefix = f"models/{model_recipe(config, as_of, inputs)[1][:16]}"
+    done = read_manifest(storage, prefix)
+    rows, days = sum(int(manifest.counts["rows"]) for manifest in found.values()), _days(found)
+    say(
+        f"dry run: train as of {as_of}: {rows:,} behaviors of {len(days)} validated days, {days[0]} to {days[-1]}"
+        + (f", but for those of {len(erased):,} erased users" if len(erased) else "")
+    )
+    if done is None:
+        say(f"dry run: would train and write {prefix}, its space, and a candidate of {config.registry.model_name}")
+    else:
+        say(f"dry run: {prefix} is there already: would only see that it is the candidate")
+    return {
+        "as_of": str(as_of),
+        "days": len(days),
+        "rows": rows,
+        "done": done is not None,
+        "writes": [] if done else [prefix, "spaces"],
+    }
+
+
+def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Summary:
+    """Say what `steps.refresh` would do.
+
+    Returns:
+        `as_of`, `new_days` that are not in the histories yet, `spaces` with the snapshot that serves in each, and what
+        it `writes`.
+
+    Raises:
+        ArtifactError: there are no validated behaviors.
+    """
+    spaces = spaces_in_use(config, places)
+    if not spaces:
+        say("dry run: no model is registered yet: no space to refresh interests in")
+        return {"as_of": str(as_of), "new_days": [], "spaces": {}, "writes": []}
+    storage = _open(config, places)
+    if (at_hand := read_pointer(storage, FOLDER)) and at_hand[0].as_of > as_of:
+        say(f"dry run: histories are as of {at_hand[0].as_of} already: would refresh as of that day, not {as_of}")
+        as_of = at_hand[0].as_of
+    wanted = {prefix: manifest.digest() for prefix, manifest in validated_days(storage, as_of).items()}
+    pointer, manifest = read_base(storage, FOLDER, say)
+    base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
+    known = base.days if base else {}
+    new = [prefix for prefix in wanted if prefix not in known]
+    anew = [prefix for prefix in known if wanted.get(prefix) != known[prefix]]
+    erased = erased_users(storage)
+    details = {"as_of": str(as_of), "days": wanted, "erasures": digest(erased.tobytes()) if len(erased) else None}
+    grouped = base if base and base.manifest.details.items() >= details.items() else None
+    say(
+        f"dry run: refresh as of {as_of}: {len(wanted)} validated days, not in the histories yet: {_spans(_days(new))}"
+        + (f"; validated again or removed since: {_spans(_days(anew))}, would group all anew" if anew else "")
+    )
+    current = {space: _snapshot(storage, space, say) for space in spaces}
+    to_do = [space for space, (_, made) in current.items() if grouped is None or made != grouped.prefix]
+    writes = ([] if grouped else [FOLDER]) + [folder_of(space) for space in to_do]
+    for space, (snapshot, _) in current.items():
+        doing = "would write a snapshot and move the pointer to it" if space in to_do else "nothing to do"
+        say(f"dry run: space {space}: current snapshot {snapshot or 'none'}, {doing}")
+    return {
+        "as_of": str(as_of),
+        "new_days": [str(day) for day in _days(new)],
+        "spaces": {space: snapshot for space, (snapshot, _) in current.items()},
+        "writes": writes,
+    }
+
+
+def model_recipe(config: Config, as_of: date, inputs: dict[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the settings that decide about a model, and the fingerprint of the one that they make of `inputs`."""
+    settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
+    return settings, recipe("model", settings, inputs, config.training.seed)
+
+
+def spaces_in_use(config: Config, places: Places) -> list[str]:
+    """Return the spaces of champion and candidate, in which interests are refreshed."""
+    from encode.registry import CANDIDATE, CHAMPION, Registry
+
+    registry = Registry(places, config.registry)
+    versions = [version for alias in (CHAMPION, CANDIDATE) if (version := registry.by_alias(alias))]
+    return sorted({version.space for version in versions})
+
+
+def _snapshot(storage: Storage, space: str, say: Say) -> tuple[str | None, str | None]:
+    """Return the current snapshot of a space, and the prefix of the histories that it was made from."""
+    pointer, manifest = read_base(storage, folder_of(space), say)
+    return (pointer.snapshot if pointer else None), (str(manifest.details["histories"]) if manifest else None)
+
+
+def _open(config: Config, places: Places) -> Storage:
+    """Open the store of the log for reading.
+
+    Raises:
+        ConfigError: it holds another log.
+    """
+    storage, ours = open_storage(places, writing=False), canonical_json({"log": config.name})
+    if (found := storage.get_versioned("log.json")) and found[0] != ours:
+        raise ConfigError(
+            f"{storage.uri}/log.json: the store holds another log: found {found[0].decode()}, this preset is "
+            f"{ours.decode()}; use another store or another preset"
+        )
+    return storage
+
+
+def _days(prefixes: Iterable[str]) -> list[date]:
+    """Return the days of partitions `behaviors/dt=DAY...`, each once, in order."""
+    return sorted({date.fromisoformat(prefix.removeprefix("behaviors/dt=")[:10]) for prefix in prefixes})
+
+
+def _spans(days: Iterable[date]) -> str:
+    """Return days as text, those in a row as first..last."""
+    spans: list[list[date]] = []
+    for day in days:
+        if spans and (day - spans[-1][-1]).days == 1:
+            spans[-1] = [spans[-1][0], day]
+        else:
+            spans.append([day])
+    return ", ".join("..".join(map(str, span)) for span in spans) or "none"
