@@ -11,7 +11,7 @@ the logical date of a manual run. A run that is told no days fails, and does not
 **When it fails.** The end of the task's log says what, where, and the remedy. *No raw data*: land the days, then clear
 the task. *Day refused*: it misses its expectations, and the log names its page and its rejected rows; the other days
 are published. Correct the data or `validation` in the preset, then clear the task: only what is missing is done. Such
-errors are not retried. Those of the network and the store are, three times, as is a task whose process was killed.
+errors are not retried. Those of the network and the store are, five times, as is a task whose process was killed.
 
 A *dry run* says which days have raw data, which are done, and what would be written.
 """

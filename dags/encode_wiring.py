@@ -42,8 +42,8 @@ COMMON: dict[str, Any] = {
     "max_active_runs": 1,
     "tags": ["encode"],
     "default_args": {
-        "retries": 3,
-        "retry_delay": timedelta(seconds=30),
+        "retries": 5,
+        "retry_delay": timedelta(seconds=10),
         "retry_exponential_backoff": True,
         # What the library raises on purpose cannot be cured by trying again; the network and the store can.
         "retry_policy": ExceptionRetryPolicy([RetryRule("encode.errors.EncodeError", RetryAction.FAIL)]),

@@ -71,25 +71,46 @@ def _difference(ours: float | None, theirs: float | None) -> float | None:
 
 
 def to_markdown(rows: Sequence[Row], questions: dict[str, str]) -> str:
-    """Return a table for each task, the best AUC first; `questions` say what each task asks."""
+    """Return tables for each task, the best AUC first: models, ENCODE with something changed, histories cut short.
+
+    Args:
+        rows: of `rows_of`.
+        questions: what each task asks.
+    """
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         own = sorted((row for row in rows if row["task"] == task), key=lambda row: -(row["auc"] or 0))
-        first_time = any((row["auc_first_time"] or row["auc"]) != row["auc"] for row in own)
-        head = ["model", "AUC", "to full", "GAUC", "logloss", "calibration"]
-        head += ["AUC first-time"] if first_time else []
-        head += ["fidelity", "ms / 1,000", "state, B", "training, s", "rate", "seeds"]
-        lines += [f"### {task}", "", questions.get(task, ""), "", _line(head), _line(["---"] * len(head))]
-        for row in own:
-            cut = f", last {row['window']}" if row["window"] else ""
-            cells = [f"{row['model']}{cut}", _with_error(row, "auc"), _with_error(row, "auc_minus_full", sign=True)]
-            cells += [_with_error(row, "gauc"), _number(row["logloss"]), _number(row["calibration"], 3)]
-            cells += [_with_error(row, "auc_first_time")] if first_time else []
-            cells += [_number(row.get("fidelity")), _number(row["cost_ms_per_1000"], 2), f"{row['state_bytes']:,}"]
-            cells += [_number(row["training_seconds"], 0), f"{row['learning_rate']:g}", str(row["seeds"])]
-            lines.append(_line(cells))
-        lines.append("")
+        lines += [f"### {task}", "", questions.get(task, ""), ""]
+        for title in ("", CHANGED, CUT):
+            held = [row for row in own if _title(row) == title]
+            if held:
+                lines += [*([title, ""] if title else []), *_table(held), ""]
     return "\n".join(lines)
+
+
+CHANGED = "ENCODE with something changed:"
+CUT = "Histories cut to their latest behaviors:"
+
+
+def _title(row: Row) -> str:
+    return CUT if row["window"] else CHANGED if row["model"].startswith("encode:") else ""
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    first_time = any((row["auc_first_time"] or row["auc"]) != row["auc"] for row in rows)
+    head = ["model", "AUC", "to full", "GAUC", "logloss", "calibration"]
+    head += ["AUC first-time"] if first_time else []
+    head += ["fidelity", "ms / 1,000", "state, B", "training, s", "rate", "seeds"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cut = f", last {row['window']}" if row["window"] else ""
+        cells = [f"{row['model']}{cut}", _with_error(row, "auc"), _with_error(row, "auc_minus_full", sign=True)]
+        cells += [_with_error(row, "gauc"), _number(row["logloss"]), _number(row["calibration"], 3)]
+        cells += [_with_error(row, "auc_first_time")] if first_time else []
+        cells += [_number(row.get("fidelity")), _number(row["cost_ms_per_1000"], 2), f"{row['state_bytes']:,}"]
+        cells += [_number(row["training_seconds"], 0), f"{row['learning_rate']:g}", str(row["seeds"])]
+        lines.append(_line(cells))
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

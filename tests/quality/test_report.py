@@ -116,11 +116,14 @@ def test_the_table():
     cells += [cell("full", 0, 0.7, window=50, fidelity={"correlation": 0.9, "max_error": 1.0, "relative_error": 0.1})]
     table = to_markdown(rows_of(cells), {"log": "Is it clicked?"}).splitlines()
     assert table[:3] == ["### log", "", "Is it clicked?"]
-    head, rule, *rows = [[part.strip() for part in line.strip("|").split("|")] for line in table[4:]]
-    assert {len(row) for row in (head, rule, *rows)} == {12}
+    assert table[9:11] == ["Histories cut to their latest behaviors:", ""]
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in table if line.startswith("|")]
+    assert {len(line) for line in lines} == {12}
+    head, _, full, recent, again, _, cut = lines
+    assert again == head
     assert "AUC first-time" not in head  # it would say nothing that AUC does not
-    (full, cut, recent) = [dict(zip(head, row, strict=True)) for row in rows]
-    assert [row["model"] for row in (full, cut, recent)] == ["full", "full, last 50", "recent"]  # the best first
+    (full, recent, cut) = [dict(zip(head, row, strict=True)) for row in (full, recent, cut)]
+    assert [row["model"] for row in (full, recent, cut)] == ["full", "recent", "full, last 50"]  # the best first
     assert full["AUC"] == "0.8200 ± 0.0200"
     assert recent["to full"] == "-0.2100 ± 0.0100"
     assert cut["to full"] == "-0.1000"  # one seed has no error
@@ -137,3 +140,10 @@ def test_first_time_items_have_a_column_where_they_differ():
     assert "| AUC first-time |" in first
     assert "| 0.6500 |" in first
     assert "first-time" not in second
+
+
+def test_what_is_changed_in_encode_has_a_table_of_its_own():
+    cells = [cell("encode", 0, 0.8), cell("encode:num_clusters=4", 0, 0.7)]
+    first, second = to_markdown(rows_of(cells), {}).split("ENCODE with something changed:")
+    assert "| encode | 0.8000 |" in first
+    assert "| encode:num_clusters=4 | 0.7000 |" in second
