@@ -13,6 +13,7 @@ from html import escape
 import numpy as np
 
 from encode.gates import Floats, Gate, Measured
+from encode.monitoring.stability import counts_of, edges_of, psi
 from encode.registry import Version
 from encode.release_plots import Line, plot
 from encode.serving.bundle import Bundle
@@ -82,25 +83,19 @@ class Side:
     """That it was trained with, as they were logged."""
 
 
-def psi(scores: Floats, before: Floats, num_bins: int = 10) -> float:
-    """Return the population stability index of two sets of scores: sum (p - q) ln (p / q) over bins.
+def shift(scores: Floats, before: Floats) -> float:
+    """Return the population stability index of two sets of scores, over bins with equal shares of those before.
 
-    The bins hold equal shares of the scores before; a share counts as at least 1e-4. 0 is no change; by the rule of
-    thumb above 0.25 much has. NaN if a score is.
+    NaN if a score is.
 
     Args:
         scores: of the candidate, [I].
         before: of the champion, [I].
-        num_bins: equal ones among them are joined.
     """
     if not (np.isfinite(scores).all() and np.isfinite(before).all()):
         return float("nan")
-    inner = np.unique(np.quantile(before, np.linspace(0, 1, num_bins + 1)[1:-1]))
-    p, q = (
-        np.maximum(np.bincount(np.searchsorted(inner, one, "right"), minlength=len(inner) + 1) / len(one), 1e-4)
-        for one in (scores, before)
-    )
-    return float(np.sum((p - q) * np.log(p / q)))
+    edges = edges_of(before)
+    return psi(counts_of(before, edges), counts_of(scores, edges))
 
 
 def changes(candidate: Side, champion: Side | None) -> list[tuple[str, str, str]]:
@@ -202,7 +197,7 @@ def _plots(candidate: Side, champion: Side | None) -> str:
     scores = [Line(name, _distribution(side.probabilities, highest), dots=False) for name, side in sides.items()]
     moved = ""
     if champion:
-        moved = f", PSI {psi(candidate.measured.probabilities, champion.measured.probabilities):.3f}"
+        moved = f", PSI {shift(candidate.measured.probabilities, champion.measured.probabilities):.3f}"
     keys = "".join(f'<span class="key" style="--key: var(--{name})">{name}</span>' for name in reversed(sides))
     drawn = [
         plot(

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from html.parser import HTMLParser
-from math import log
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from encode.gates import Measured, gates_of
 from encode.interests.snapshots import write_space
 from encode.registry import Version
 from encode.release_plots import Line, plot
-from encode.release_report import MEANINGS, Side, changes, psi, to_html, to_markdown
+from encode.release_report import MEANINGS, Side, changes, shift, to_html, to_markdown
 from encode.serving.bundle import load_bundle
 from encode.storage import open_storage
 
@@ -160,15 +159,12 @@ def test_a_person_is_asked_with_the_gates_and_the_report(side):
     assert len(to_markdown(gates, candidate, champion, "http://mlflow/report")) < 4000
 
 
-def test_psi_by_hand():
-    before = np.array([0.1, 0.2, 0.3, 0.4])
-    assert psi(before, before, 2) == 0
-    # Halves of the scores before: (3/4 - 1/2) ln(3/2) + (1/4 - 1/2) ln(1/2).
-    assert psi(np.array([0.1, 0.1, 0.2, 0.9]), before, 2) == pytest.approx(0.25 * log(1.5) + 0.25 * log(2))
-    # A bin that is empty counts as 1e-4.
-    assert psi(np.array([0.9, 0.9]), before, 2) == pytest.approx((1 - 0.5) * log(2) + (1e-4 - 0.5) * log(2e-4))
-    assert psi(np.full(4, 0.5), np.full(4, 0.5)) == 0
-    assert np.isnan(psi(np.array([np.nan, 0.2]), before))
+def test_scores_that_moved_are_told_by_their_psi():
+    before = np.linspace(0.1, 0.9, 100)
+    assert shift(before, before) == 0
+    assert shift(np.full(4, 0.5), np.full(4, 0.5)) == 0
+    assert 0.25 < shift(before**2, before) < shift(before**8, before)
+    assert np.isnan(shift(np.array([np.nan, 0.2]), before))
 
 
 def test_points_are_where_they_belong_and_what_is_not_finite_is_left_out():
