@@ -16,19 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from encode.errors import ArtifactError, ConfigError, DataError
+from encode.model.files import MODEL_FILES, digest_of_parts
 from encode.outputs import MANIFEST, Manifest, Part, read_manifest, read_part
 from encode.pointers import Pointer, read_pointer
+from encode.registry import CANDIDATE, CHAMPION, Registry, Version
 from encode.schema import digest, fingerprint
+from encode.serving.bundle import bundle_id
 from encode.storage import Storage
 
-if TYPE_CHECKING:
-    from encode.registry import Registry, Version
-
 _NUM_THREADS = 8
-_ALIASES = ("champion", "candidate")
+_ALIASES = (CHAMPION, CANDIDATE)
 _DAY = re.compile(r"(raw|behaviors)/dt=(\d{4}-\d{2}-\d{2})")
 _BUNDLE = re.compile(r"[0-9a-f]{12}")
 DAILY = ("raw", "behaviors")
@@ -145,7 +145,7 @@ class Lineage:
         for version in reversed(self._versions):
             for prefix in reversed(self._outputs(f"interests/{version.space}")):
                 manifest, _ = self._manifest(prefix)
-                if manifest and _bundle_id(version, manifest) == bundle:
+                if manifest and bundle_id(version.model, manifest.digest()) == bundle:
                     return version, prefix
         raise ArtifactError(
             f"bundle {bundle}: none of the {len(self._versions)} registered versions with a snapshot in the store has "
@@ -164,7 +164,7 @@ class Lineage:
         problems = []
         if told and version.space != told["space"]:
             problems.append(f"version {version.number} is of space {version.space}, the score of {told['space']}")
-        if manifest and (found := _bundle_id(version, manifest)) != bundle:
+        if manifest and (found := bundle_id(version.model, manifest.digest())) != bundle:
             problems.append(f"version {version.number} and {snapshot} make bundle {found} now, not this one")
         facts = {"served": self._is_served(version, snapshot)}
         return Node("bundle", f"bundle {bundle}", facts, tuple(problems), (half, self._version(version)))
@@ -196,16 +196,14 @@ class Lineage:
     def _version_facts(self, version: Version) -> dict[str, Any]:
         tags = {name.removeprefix("encode."): value for name, value in version.tags.items()}
         aliases = [alias for alias, one in self._aliases.items() if one.number == version.number]
-        facts = {"aliases": aliases, "served": "champion" in aliases, "space": version.space, "model": version.model}
+        facts = {"aliases": aliases, "served": CHAMPION in aliases, "space": version.space, "model": version.model}
         return facts | {name: tags[name] for name in ("as_of", "git_commit", "run", "refused") if name in tags}
 
     def _model_digest(self, prefix: str) -> str | None:
         """Return `model.files.model_digest` of a stored model, of the digests that its manifest has already."""
-        from encode.model.files import MODEL_FILES
-
         manifest, _ = self._manifest(prefix)
         files = {part.name: part.sha256 for part in manifest.parts} if manifest else {}
-        return digest("".join(files[name] for name in MODEL_FILES).encode()) if {*MODEL_FILES} <= {*files} else None
+        return digest_of_parts(files) if {*MODEL_FILES} <= {*files} else None
 
     # --- from what it was made -----------------------------------------------------------------------------
 
@@ -367,13 +365,13 @@ class Lineage:
             pointer = self._pointer(folder)
             facts["current"] = pointer is not None and pointer.snapshot == name
         if folder.startswith("interests/"):
-            champion = self._aliases.get("champion")
+            champion = self._aliases.get(CHAMPION)
             facts["served"] = champion is not None and self._is_served(champion, prefix)
         return facts
 
     def _is_served(self, version: Version, snapshot: str) -> bool:
         """Tell whether alias and pointer name this version with this snapshot now."""
-        champion, (folder, _, name) = self._aliases.get("champion"), snapshot.rpartition("/")
+        champion, (folder, _, name) = self._aliases.get(CHAMPION), snapshot.rpartition("/")
         pointer = self._pointer(folder)
         is_champion = champion is not None and champion.number == version.number
         return (
@@ -431,8 +429,3 @@ def _serving(node: Node) -> Node:
     if node.kind == "interests":
         return node  # a snapshot that the pointer has left is of a version that serves, too
     return replace(node, facts={**node.facts, "served": any(one.facts.get("served") for one in node.goes_into)})
-
-
-def _bundle_id(version: Version, manifest: Manifest) -> str:
-    """Return `serving.bundle.bundle_id` of a version with a snapshot."""
-    return digest(f"{version.model}/{manifest.digest()}".encode())[:12]

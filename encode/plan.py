@@ -12,16 +12,17 @@ from typing import Any
 
 from encode.config import Config, Places
 from encode.data.daily import changes, report_of
-from encode.data.erasures import ERASURES, erased_users
-from encode.data.grouping import FOLDER, Grouped
+from encode.data.erasures import erased_users
+from encode.data.grouping import FOLDER, Grouped, wanted_histories
+from encode.data.histories import inputs_of
 from encode.data.partitions import published_days, validated_days
 from encode.data.raw_days import find_raw_days
-from encode.errors import ConfigError, DataError
+from encode.errors import DataError
 from encode.interests.snapshots import folder_of
 from encode.outputs import read_manifest, recipe
 from encode.pointers import read_base, read_pointer
-from encode.schema import Window, canonical_json, digest
-from encode.storage import Storage, open_storage
+from encode.schema import Window
+from encode.storage import Storage, open_log
 
 Say = Callable[[str], None]
 Summary = dict[str, Any]
@@ -37,7 +38,7 @@ def validate(config: Config, places: Places, window: Window, say: Say = print) -
     Raises:
         DataError: there is no raw partition in the window, or one changed after it was validated.
     """
-    storage = _open(config, places)
+    storage = open_log(places, config.name, writing=False)
     raw_days = find_raw_days(storage, window.days())
     published = published_days(storage)
     to_do = [day for day in raw_days if day not in published]
@@ -76,12 +77,10 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     Raises:
         ArtifactError: there are no validated behaviors.
     """
-    storage = _open(config, places)
+    storage = open_log(places, config.name, writing=False)
     found = validated_days(storage, as_of)
-    inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
-    if len(erased := erased_users(storage)):
-        inputs[ERASURES] = digest(erased.tobytes())
-    prefix = f"models/{model_recipe(config, as_of, inputs)[1][:16]}"
+    erased = erased_users(storage)
+    prefix = f"models/{model_recipe(config, as_of, inputs_of(found, erased))[1][:16]}"
     done = read_manifest(storage, prefix)
     rows, days = sum(int(manifest.counts["rows"]) for manifest in found.values()), _days(found)
     say(
@@ -115,21 +114,20 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     if not spaces:
         say("dry run: no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "new_days": [], "spaces": {}, "writes": []}
-    storage = _open(config, places)
+    storage = open_log(places, config.name, writing=False)
     if (at_hand := read_pointer(storage, FOLDER)) and at_hand[0].as_of > as_of:
         say(f"dry run: histories are as of {at_hand[0].as_of} already: would refresh as of that day, not {as_of}")
         as_of = at_hand[0].as_of
-    wanted = {prefix: manifest.digest() for prefix, manifest in validated_days(storage, as_of).items()}
+    wanted = wanted_histories(storage, as_of)
     pointer, manifest = read_base(storage, FOLDER, say)
     base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
     known = base.days if base else {}
-    new = [prefix for prefix in wanted if prefix not in known]
-    anew = [prefix for prefix in known if wanted.get(prefix) != known[prefix]]
-    erased = erased_users(storage)
-    details = {"as_of": str(as_of), "days": wanted, "erasures": digest(erased.tobytes()) if len(erased) else None}
-    grouped = base if base and base.manifest.details.items() >= details.items() else None
+    new = [prefix for prefix in wanted.days if prefix not in known]
+    anew = [prefix for prefix in known if wanted.days.get(prefix) != known[prefix]]
+    grouped = base if base and base.manifest.details.items() >= wanted.details().items() else None
     say(
-        f"dry run: refresh as of {as_of}: {len(wanted)} validated days, not in the histories yet: {_spans(_days(new))}"
+        f"dry run: refresh as of {as_of}: {len(wanted.days)} validated days, not in the histories yet: "
+        f"{_spans(_days(new))}"
         + (f"; validated again or removed since: {_spans(_days(anew))}, would group all anew" if anew else "")
     )
     current = {space: _snapshot(storage, space, say) for space in spaces}
@@ -165,21 +163,6 @@ def _snapshot(storage: Storage, space: str, say: Say) -> tuple[str | None, str |
     """Return the current snapshot of a space, and the prefix of the histories that it was made from."""
     pointer, manifest = read_base(storage, folder_of(space), say)
     return (pointer.snapshot if pointer else None), (str(manifest.details["histories"]) if manifest else None)
-
-
-def _open(config: Config, places: Places) -> Storage:
-    """Open the store of the log for reading.
-
-    Raises:
-        ConfigError: it holds another log.
-    """
-    storage, ours = open_storage(places, writing=False), canonical_json({"log": config.name})
-    if (found := storage.get_versioned("log.json")) and found[0] != ours:
-        raise ConfigError(
-            f"{storage.uri}/log.json: the store holds another log: found {found[0].decode()}, this preset is "
-            f"{ours.decode()}; use another store or another preset"
-        )
-    return storage
 
 
 def _days(prefixes: Iterable[str]) -> list[date]:

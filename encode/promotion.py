@@ -232,7 +232,7 @@ def roll_back(places: Places, registry: Registry, number: str | None, reason: st
     version = registry.by_number(number)
     if version.number == champion.number:
         raise QualityError(f"rollback: version {number} is the champion; it serves already")
-    if not {RELEASED, PREVIOUS} & set(version.tags):
+    if not version.was_champion:
         raise QualityError(
             f"rollback: version {number} was never champion, so nobody knows how it serves; have "
             f"{', '.join(registry.released()) or 'none'}; a candidate goes through its gates: `encode release`"

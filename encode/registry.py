@@ -60,6 +60,11 @@ class Version:
     """Digest of the model's files."""
     tags: Mapping[str, str]
 
+    @property
+    def was_champion(self) -> bool:
+        """Tell whether it is or was the one that serves."""
+        return bool({RELEASED, PREVIOUS} & set(self.tags))
+
 
 class Registry:
     """The versions of one registered model in one MLflow."""
@@ -131,7 +136,7 @@ class Registry:
 
     def released(self) -> list[str]:
         """Return the numbers of the versions that are or were champion, ascending."""
-        return [one.number for one in self.versions() if {RELEASED, PREVIOUS} & set(one.tags)]
+        return [one.number for one in self.versions() if one.was_champion]
 
     def notify(self, url: str, secret: str) -> str:
         """Let MLflow call an address whenever an alias of this registry is set or removed; the same address once.

@@ -6,16 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import AS_OF, END, FILES, HISTORIES, MODEL, READER, SPACE, make_model, refresh
+from made import AS_OF, END, HISTORIES, MODEL, READER, SPACE, make_bundle, make_model
 
-from encode.config import Places, ReleaseConfig, TrainingConfig, load_config
+from encode.config import ReleaseConfig, TrainingConfig, load_config
 from encode.gates import Gate, Measured, gates_of, measure, share_held
-from encode.interests.snapshots import write_space
 from encode.model.ctr import Encode, Reader
 from encode.schema import Window, day_start
-from encode.serving.bundle import load_bundle
 from encode.serving.engine import Engine
-from encode.storage import open_storage
 
 NAN = float("nan")
 TRAINING = TrainingConfig(snapshot_days=1)
@@ -35,11 +32,7 @@ GOOD = {
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bundle")
-    storage = open_storage(Places(store=str(folder / "store")))
-    write_space(storage, SPACE, {})
-    refresh(storage)
-    return load_bundle(storage, FILES, "1", folder / "cache")
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

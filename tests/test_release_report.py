@@ -5,18 +5,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made import FILES, SPACE, refresh
+from made import SPACE, make_bundle
 
 from encode.cli import main
-from encode.config import Places, ReleaseConfig
+from encode.config import ReleaseConfig
 from encode.evaluate.metrics import curves
 from encode.gates import Measured, gates_of
-from encode.interests.snapshots import write_space
 from encode.registry import Version
 from encode.release_plots import Line, plot
 from encode.release_report import MEANINGS, Side, changes, shift, to_html, to_markdown
-from encode.serving.bundle import load_bundle
-from encode.storage import open_storage
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 2, 400)
@@ -39,11 +36,7 @@ METRICS = {
 @pytest.fixture(scope="module")
 def side(tmp_path_factory):
     """A function that makes one side from a bundle made by hand and numbers that are given."""
-    folder = tmp_path_factory.mktemp("bundle")
-    storage = open_storage(Places(store=str(folder / "store")))
-    write_space(storage, SPACE, {})
-    refresh(storage)
-    bundle = load_bundle(storage, FILES, "1", folder / "cache")
+    bundle = make_bundle(tmp_path_factory.mktemp("bundle"))
 
     def make(number, learning_rate="0.01", seed=0, **metrics):
         scores = np.random.default_rng(seed).random(400) * 0.5 + 0.3 * LABELS

@@ -86,7 +86,7 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """What is to be in the histories: all of some validated days but for erased users."""
 
     as_of: date
@@ -110,6 +110,15 @@ class _Wanted:
         return {"as_of": str(self.as_of), "days": self.days, "erasures": self.erasures}
 
 
+def wanted_histories(storage: Storage, as_of: date) -> Wanted:
+    """Look up what is to be in the histories as of a day.
+
+    Raises:
+        ArtifactError: there are no validated behaviors.
+    """
+    return Wanted(as_of, validated_days(storage, as_of), erased_users(storage))
+
+
 def group_histories(
     storage: Storage, engine: Engine, as_of: date, config: RefreshConfig, say: Callable[[str], None]
 ) -> Grouped:
@@ -120,7 +129,7 @@ def group_histories(
     Raises:
         ArtifactError: there are no validated behaviors, or a file of theirs is damaged.
     """
-    wanted = _Wanted(as_of, validated_days(storage, as_of), erased_users(storage))
+    wanted = wanted_histories(storage, as_of)
     pointer, manifest = read_base(storage, FOLDER, say)
     base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
     if base is not None and (reason := _obsolete(base, wanted, config)):
@@ -143,7 +152,7 @@ def group_histories(
 def _group(
     storage: Storage,
     engine: Engine,
-    wanted: _Wanted,
+    wanted: Wanted,
     base: Grouped | None,
     config: RefreshConfig,
     say: Callable[[str], None],
@@ -193,7 +202,7 @@ def folds(files: Sequence[Part], config: RefreshConfig) -> bool:
     return len(files) > config.max_deltas or sum(p.bytes for p in files[1:]) > config.max_delta_share * files[0].bytes
 
 
-def _obsolete(base: Grouped, wanted: _Wanted, config: RefreshConfig) -> str | None:
+def _obsolete(base: Grouped, wanted: Wanted, config: RefreshConfig) -> str | None:
     """Return why nothing can be added to `base`, or None."""
     if base.as_of > wanted.as_of:
         return f"those at hand are of {base.as_of}, a later day"

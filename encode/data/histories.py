@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -146,11 +146,15 @@ def read_histories(
         say(f"reading {rows:,} behaviors of {len(found)} days")
         tables = pool.map(lambda item: _read_day(storage, *item), found.items())
         table = pa.concat_tables([table for day in tables for table in day])
-    inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
     if len(erased):
         table = table.filter(pc.invert(pc.is_in(table["user_id"], pa.array(erased))))
-        inputs[ERASURES] = digest(erased.tobytes())
-    return to_histories(table), inputs
+    return to_histories(table), inputs_of(found, erased)
+
+
+def inputs_of(found: Mapping[str, Manifest], erased: Ints) -> dict[str, str]:
+    """Return what histories of some validated days without erased users are made from: name -> digest, sorted."""
+    inputs = {prefix: manifest.digest() for prefix, manifest in sorted(found.items())}
+    return inputs | ({ERASURES: digest(erased.tobytes())} if len(erased) else {})
 
 
 def _read_day(storage: Storage, prefix: str, manifest: Manifest) -> Sequence[pa.Table]:

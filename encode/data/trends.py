@@ -161,7 +161,7 @@ _SPREAD = 1.4826
 """Standard deviations in a median absolute deviation, where values are normal."""
 
 
-def psi(counts: Floats, others: Floats) -> Any:
+def psi(counts: npt.NDArray[Any], others: npt.NDArray[Any]) -> Any:
     """Return the population stability index of counts over B bins, [B] or [N, B], against others."""
     p, q = ((one + 0.5) / (one + 0.5).sum(axis=-1, keepdims=True) for one in (counts, others))
     return ((p - q) * np.log(p / q)).sum(axis=-1)

@@ -126,7 +126,12 @@ def model_files(
 
 def model_digest(files: Mapping[str, bytes]) -> str:
     """Return the identity of a model: the digest of the files that decide its scores."""
-    return digest("".join(digest(files[name]) for name in MODEL_FILES).encode())
+    return digest_of_parts({name: digest(files[name]) for name in MODEL_FILES})
+
+
+def digest_of_parts(parts: Mapping[str, str]) -> str:
+    """Return the same from the digests of the files."""
+    return digest("".join(parts[name] for name in MODEL_FILES).encode())
 
 
 def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reader]:

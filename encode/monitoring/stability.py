@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from encode.data import trends
+
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
@@ -50,8 +52,7 @@ def psi(expected: Counts, found: Counts) -> float:
         raise ValueError(f"psi: {len(expected)} bins and {len(found)}")
     if not expected.sum() or not found.sum():
         return float("nan")
-    p, q = ((n + 0.5) / (n.sum() + 0.5 * len(n)) for n in (expected, found))
-    return float(np.sum((q - p) * np.log(q / p)))
+    return float(trends.psi(found, expected))
 
 
 def chance(num_bins: int, expected: int, found: int) -> float:

@@ -203,7 +203,7 @@ def load_bundle(
     snapshot = fetch_snapshot(storage, prefix, manifest, cache, shard)
     snapshot.erased = frozenset(erased_users(storage).tolist())
     return Bundle(
-        bundle_id(files, pointer),
+        bundle_id(model_digest(files), pointer.manifest),
         model_version,
         card,
         space,
@@ -215,9 +215,14 @@ def load_bundle(
     )
 
 
-def bundle_id(files: Mapping[str, bytes], pointer: Pointer) -> str:
-    """Return the identity of model (which names its space) and snapshot together: 12 hex digits."""
-    return digest(f"{model_digest(files)}/{pointer.manifest}".encode())[:12]
+def bundle_id(model: str, snapshot: str) -> str:
+    """Return the identity of model (which names its space) and snapshot together: 12 hex digits.
+
+    Args:
+        model: digest of its files.
+        snapshot: digest of its manifest.
+    """
+    return digest(f"{model}/{snapshot}".encode())[:12]
 
 
 def _names(storage: Storage) -> dict[int, str]:

@@ -46,18 +46,18 @@ def open_storage(places: Places, writing: bool = True) -> Storage:
     return FolderStorage(Path(places.store.removeprefix("file://")))
 
 
-def open_log(places: Places, name: str) -> Storage:
-    """Open the store of one log: the first preset that uses a store gives it its name, others are refused.
+def open_log(places: Places, name: str, writing: bool = True) -> Storage:
+    """Open the store of one log: the first preset that writes to a store gives it its name, others are refused.
 
     Two logs in one store would be trained on as one.
 
     Raises:
         ConfigError: the store holds another log.
     """
-    storage = open_storage(places)
+    storage = open_storage(places, writing)
     ours = canonical_json({"log": name})
     found = storage.get_versioned(_LOG)
-    if found is None:
+    if found is None and writing:
         try:
             storage.create(_LOG, ours)
         except LostRace:

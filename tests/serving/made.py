@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from encode.config import ClusteringConfig, ModelConfig
+from encode.config import ClusteringConfig, ModelConfig, Places
 from encode.data.histories import history_batch, to_histories
 from encode.data.vocabulary import Vocabulary
 from encode.interests.extract import extract, state_of
-from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file
+from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file, write_space
 from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import ModelCard, model_digest, model_files
 from encode.model.space import SpaceConfig, space_of
@@ -23,6 +23,8 @@ from encode.outputs import write_output
 from encode.pointers import publish
 from encode.registry import Version
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, day_start
+from encode.serving.bundle import load_bundle
+from encode.storage import open_storage
 
 MODEL = ModelConfig(
     embedding_dim=8, category_dim=2, projected_dim=4, recent_length=6, hidden_dims=(16,), num_remembered=20
@@ -89,6 +91,14 @@ def refresh(storage, as_of=AS_OF, space=SPACE):
         details={"as_of": str(as_of), "space": space.id},
     )
     return publish(storage, folder_of(space.id), snapshot, manifest)
+
+
+def make_bundle(folder):
+    """A bundle of the first model with a snapshot, in a store of its own below a folder."""
+    storage = open_storage(Places(store=str(folder / "store")))
+    write_space(storage, SPACE, {})
+    refresh(storage)
+    return load_bundle(storage, FILES, "1", folder / "cache")
 
 
 class OneVersion:
