@@ -15,7 +15,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote_plus, urlsplit
+from xml.etree import ElementTree
 
 PROBE_TIMEOUT = 5.0
 AIRFLOW_PARTS = ("metadatabase", "scheduler", "dag_processor", "triggerer")
@@ -24,10 +25,24 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def object_store_problem(endpoint_url: str, bucket: str, access_key: str, secret_key: str) -> str | None:
-    """Ready when a signed listing of `bucket` succeeds; 403 means other credentials are in force."""
-    url = f"{endpoint_url}/{bucket}?list-type=2&max-keys=1"
+    """Ready when the first object of `bucket` can be read; 403 means other credentials are in force.
+
+    A listing alone comes from the index, which answers before the volumes with the objects have reported.
+    """
+    url = f"{endpoint_url}/{bucket}?encoding-type=url&list-type=2&max-keys=1"
     status, body = _get(url, signed_headers(url, access_key, secret_key))
-    return None if status == 200 else _reason(status, body)
+    if status != 200:
+        return _reason(status, body)
+    try:
+        key = ElementTree.fromstring(body).findtext("{*}Contents/{*}Key")
+    except ElementTree.ParseError:
+        return "another program answers on its port"
+    if key is None:
+        return None
+    url = f"{endpoint_url}/{bucket}/{quote(unquote_plus(key))}"
+    status, body = _get(url, {**signed_headers(url, access_key, secret_key), "range": "bytes=0-0"})
+    # 404: deleted meanwhile; 416: an empty object.
+    return None if status in (200, 206, 404, 416) else _reason(status, body)
 
 
 def mlflow_problem(url: str) -> str | None:

@@ -1,3 +1,4 @@
+import http.server
 import json
 import os
 import re
@@ -5,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,6 +39,14 @@ def running_in(folder: Path) -> list[str]:
             if alive and (str(folder) in line or str(folder) in process.cwd()):
                 found.append(line)
     return found
+
+
+def stack_problem(stack: local.Stack) -> str | None:
+    """What its object store still misses, as its administrator sees it."""
+    given = stack.environment()
+    return health.object_store_problem(
+        stack.urls["objectstore"], "encode", given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
+    )
 
 
 def mode(path: Path) -> int:
@@ -107,6 +117,48 @@ def test_a_signed_request_succeeds_and_a_wrong_secret_does_not(stack):
     assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
     key = stack.environment()["AWS_ACCESS_KEY_ID"]
     assert health.object_store_problem(stack.urls["objectstore"], "encode", key, "wrong").startswith("HTTP 403")
+
+
+def test_a_store_is_ready_when_its_first_object_can_be_read(stack):
+    """It must be read under its own name, whatever characters that has."""
+    key = " a+b %2F ü&/one"
+    for body in (b"", b"several bytes"):
+        client(stack).put_object(Bucket="encode", Key=key, Body=body)
+        assert client(stack).list_objects_v2(Bucket="encode", MaxKeys=1)["Contents"][0]["Key"] == key
+        assert stack_problem(stack) is None
+    client(stack).delete_object(Bucket="encode", Key=key)
+    assert stack_problem(stack) is None
+
+
+@pytest.mark.parametrize(
+    ("listing", "problem"),
+    [
+        (b"<R xmlns='s3'><Contents><Key>a+b%2Bc</Key></Contents></R>", "HTTP 500 no volume yet"),
+        (b"<R xmlns='s3'></R>", None),
+        (b"<html>another<br></html>", "another program answers on its port"),
+    ],
+)
+def test_a_listing_alone_does_not_make_a_store_ready(listing, problem):
+    class Index(http.server.BaseHTTPRequestHandler):
+        """Lists, but has no objects: what a store answers before its volumes have reported."""
+
+        def do_GET(self):
+            listed = self.path.startswith("/encode?")
+            assert listed or self.path == "/encode/a%20b%2Bc"
+            self.send_response(200 if listed else 500)
+            self.end_headers()
+            self.wfile.write(listing if listed else b"no volume yet")
+
+        def log_message(self, *_):
+            """Nobody reads the requests."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert health.object_store_problem(url, "encode", "key", "secret") == problem
+        finally:
+            server.shutdown()
 
 
 def test_a_bucket_that_is_not_there_is_not_made_by_a_typo(stack):
