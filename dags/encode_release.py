@@ -16,7 +16,7 @@ from __future__ import annotations
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import COMMON, INTERESTS, places, preset_param, resolved
+from encode_wiring import COMMON, INTERESTS, dry_run_param, places, preset_param, resolved
 
 APPROVE, REJECT = "Approve", "Reject"
 NOTED = "Noted on the version if it is rejected."
@@ -24,7 +24,7 @@ NOTED = "Noted on the version if it is rejected."
 
 @dag(
     schedule=[INTERESTS],
-    params={"preset": preset_param()},
+    params={"preset": preset_param(), "dry_run": dry_run_param()},
     doc_md=__doc__,
     **COMMON,
 )
@@ -33,9 +33,9 @@ def encode_release() -> None:
 
     @task(doc_md="`encode.steps.judge` for the newest candidate.")
     def judge(**context):
-        from encode import steps
+        from encode import plan, steps
 
-        return steps.judge(resolved(context, days=False).config, places())
+        return resolved(context, days=False).carry_out(steps.judge, plan.release)
 
     @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Skips the question where nobody is to be asked.")
     def needs_approval(judged):
@@ -58,8 +58,8 @@ def encode_release() -> None:
     def release(judged, answer, **context):
         from encode import steps
 
-        settings = resolved(context, days=False).config
-        return steps.release(settings, places(), judged=judged, refused=_refusal(answer))
+        run = resolved(context, days=False)
+        return steps.release(run.config, places(), judged=judged, refused=_refusal(answer)) | run.facts
 
     judged = judge()
     needs_approval(judged) >> approve

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import COMMON, places, preset_param, resolved
+from encode_wiring import COMMON, dry_run_param, preset_param, resolved
 
 
 @dag(
@@ -32,6 +32,7 @@ from encode_wiring import COMMON, places, preset_param, resolved
             title="Reason",
             description="Noted on the version that is left.",
         ),
+        "dry_run": dry_run_param(),
     },
     doc_md=__doc__,
     **COMMON,
@@ -42,10 +43,10 @@ def encode_rollback() -> None:
     # Not tried again: a second try would go back one version more.
     @task(retries=0, doc_md="`encode.steps.rollback`.")
     def rollback(**context):
-        from encode import steps
+        from encode import plan, steps
 
-        settings, params = resolved(context, days=False).config, context["params"]
-        return steps.rollback(settings, places(), to=params["version"], reason=params["reason"])
+        run, params = resolved(context, days=False), context["params"]
+        return run.carry_out(steps.rollback, plan.rollback, to=params["version"], reason=params["reason"])
 
     rollback()
 

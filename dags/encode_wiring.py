@@ -107,11 +107,13 @@ class Run:
         facts = {"preset": self.preset, "settings": fingerprint(self.config.model_dump(mode="json"))}
         return facts | ({"start": str(self.days.start), "end": str(self.days.end)} if self.days else {})
 
-    def carry_out(self, step: Callable[..., Any], plan: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    def carry_out(
+        self, step: Callable[..., Any], plan: Callable[..., Any], *arguments: Any, **named: Any
+    ) -> dict[str, Any]:
         """Return the summary of a step; of a dry run call its plan, keep what that returns as XCom `plan`, and skip."""
         if not self.dry_run:
-            return step(self.config, places(), *arguments) | self.facts
-        get_current_context()["ti"].xcom_push("plan", plan(self.config, places(), *arguments) | self.facts)
+            return step(self.config, places(), *arguments, **named) | self.facts
+        get_current_context()["ti"].xcom_push("plan", plan(self.config, places(), *arguments, **named) | self.facts)
         raise AirflowSkipException("dry run: nothing was done")
 
 

@@ -117,10 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         "--approve", metavar="VERSION", help="you looked at its report: with release.approval it serves"
     )
     decided.add_argument("--refuse", metavar="VERSION", help="it must not serve, whatever its gates say; give --reason")
+    _with_dry_run(decided)
     release.add_argument("--reason", metavar="TEXT", help="why it is refused")
     rollback = with_step(add("rollback", _rollback, "make the champion before this one serve again"))
     rollback.add_argument("--to", metavar="VERSION", help="another version that was champion (default: the one before)")
     rollback.add_argument("--reason", metavar="TEXT", help="noted on the version that is left")
+    _with_dry_run(rollback)
     _add_erasure(add, with_step)
     _add_serving(add, with_step)
     _add_watching(add, with_step)
@@ -278,7 +280,7 @@ def _with_ports(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}-port", type=int, help=f"default: {port}, or a free one if it is taken")
 
 
-def _with_dry_run(command: argparse.ArgumentParser) -> None:
+def _with_dry_run(command: argparse._ActionsContainer) -> None:
     command.add_argument("--dry-run", action="store_true", help="only say what would be done, and write nothing")
 
 
@@ -416,23 +418,26 @@ def _refresh(options: argparse.Namespace) -> None:
 
 
 def _release(options: argparse.Namespace) -> None:
-    from encode import steps
+    from encode import plan, steps
     from encode.errors import ConfigError
 
     config, places, say = _config(options), _places(options), _say(options)
     if bool(options.refuse) != bool(options.reason):
         raise ConfigError("release: --refuse VERSION and --reason TEXT belong together")
-    if options.refuse:
+    if options.dry_run:
+        _show(options, plan.release(config, places, say))
+    elif options.refuse:
         _show(options, steps.refuse(config, places, options.refuse, options.reason, say))
     else:
         _show(options, steps.release(config, places, say, approve=options.approve))
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    from encode import steps
+    from encode import plan, steps
 
     config, places, say = _config(options), _places(options), _say(options)
-    _show(options, steps.rollback(config, places, say, options.to, options.reason))
+    step = plan.rollback if options.dry_run else steps.rollback
+    _show(options, step(config, places, say, options.to, options.reason))
 
 
 def _erase(options: argparse.Namespace) -> None:

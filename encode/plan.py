@@ -19,7 +19,7 @@ from encode.data.partitions import published_days, validated_days
 from encode.data.raw_days import find_raw_days
 from encode.errors import DataError
 from encode.interests.snapshots import folder_of
-from encode.outputs import read_manifest, recipe
+from encode.outputs import read_manifest
 from encode.pointers import read_base, read_pointer
 from encode.schema import Window
 from encode.storage import Storage, open_log
@@ -77,10 +77,12 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     Raises:
         ArtifactError: there are no validated behaviors.
     """
+    from encode.train import recipe_of
+
     storage = open_log(places, config.name, writing=False)
     found = validated_days(storage, as_of)
     erased = erased_users(storage)
-    prefix = f"models/{model_recipe(config, as_of, inputs_of(found, erased))[1][:16]}"
+    prefix = f"models/{recipe_of(config, as_of, inputs_of(found, erased))[1][:16]}"
     done = read_manifest(storage, prefix)
     rows, days = sum(int(manifest.counts["rows"]) for manifest in found.values()), _days(found)
     say(
@@ -110,7 +112,9 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     Raises:
         ArtifactError: there are no validated behaviors.
     """
-    spaces = spaces_in_use(config, places)
+    from encode.registry import Registry
+
+    spaces = Registry(places, config.registry).spaces_in_use()
     if not spaces:
         say("dry run: no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "new_days": [], "spaces": {}, "writes": []}
@@ -144,19 +148,62 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     }
 
 
-def model_recipe(config: Config, as_of: date, inputs: dict[str, str]) -> tuple[dict[str, Any], str]:
-    """Return the settings that decide about a model, and the fingerprint of the one that they make of `inputs`."""
-    settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
-    return settings, recipe("model", settings, inputs, config.training.seed)
+def release(config: Config, places: Places, say: Say = print) -> Summary:
+    """Say what `steps.judge` and `steps.release` would do; which gates a candidate passes, only judging it can tell.
+
+    Returns:
+        `outcome`: whether a candidate is to be judged, serving to be brought up to date, or nothing to be done;
+        `version` and the `snapshot` it would serve with, the `champion`, and whether a person is asked (`approval`).
+    """
+    from encode.promotion import PASSED, contest
+    from encode.registry import Registry
+
+    found = contest(Registry(places, config.registry), say)
+    champion = found.champion.number if found.champion else None
+    if found.chosen is None:
+        say("dry run: nothing to do")
+        return {"outcome": found.outcome, "version": None, "snapshot": None, "champion": champion, "approval": False}
+    judging = found.outcome == PASSED
+    snapshot, _ = _snapshot(open_log(places, config.name, writing=False), found.chosen.space, say)
+    name = f"version {found.chosen.number} with snapshot {snapshot or 'none'} of space {found.chosen.space}"
+    if judging:
+        against = f"against version {champion}" if champion else "alone, for there is no champion"
+        then = "ask for approval" if config.release.approval else "let it serve"
+        say(f"dry run: would judge {name}, {against}, and, if it passes its gates, {then}")
+    else:
+        say(f"dry run: nothing to judge: would see that serving has {name}")
+    return {
+        "outcome": "to be judged" if judging else found.outcome,
+        "version": found.chosen.number,
+        "snapshot": snapshot,
+        "champion": champion,
+        "approval": judging and config.release.approval,
+    }
 
 
-def spaces_in_use(config: Config, places: Places) -> list[str]:
-    """Return the spaces of champion and candidate, in which interests are refreshed."""
-    from encode.registry import CANDIDATE, CHAMPION, Registry
+def rollback(
+    config: Config, places: Places, say: Say = print, to: str | None = None, reason: str | None = None
+) -> Summary:
+    """Say what `steps.rollback` would do.
 
-    registry = Registry(places, config.registry)
-    versions = [version for alias in (CHAMPION, CANDIDATE) if (version := registry.by_alias(alias))]
-    return sorted({version.space for version in versions})
+    Returns:
+        `from` and to which `version`, the `snapshot` that one would serve with, and the `note` left on the other.
+
+    Raises:
+        QualityError: there is nothing to go back to, or not to that version.
+        ArtifactError: there is no such version.
+    """
+    from encode.promotion import note_of_rollback, rollback_pair
+    from encode.registry import Registry
+
+    champion, version = rollback_pair(Registry(places, config.registry), to)
+    snapshot, _ = _snapshot(open_log(places, config.name, writing=False), version.space, say)
+    note = note_of_rollback(version, reason)
+    say(
+        f"dry run: would let version {version.number} serve with snapshot {snapshot or 'none'} of space "
+        f"{version.space}, and mark version {champion.number} as refused: {note}"
+    )
+    return {"from": champion.number, "version": version.number, "snapshot": snapshot, "note": note}
 
 
 def _snapshot(storage: Storage, space: str, say: Say) -> tuple[str | None, str | None]:

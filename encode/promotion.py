@@ -223,6 +223,36 @@ def roll_back(places: Places, registry: Registry, number: str | None, reason: st
         TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it.
     """
     began = time.monotonic()
+    champion, version = rollback_pair(registry, number)
+    with loaded(registry, places, version) as bundle:
+        why = note_of_rollback(version, reason)
+        registry.tag(champion, REFUSED, why)
+        registry.untag(version, REFUSED)
+        registry.point(CHAMPION, version)
+        served = see_served(places, bundle, say, again=True)
+    seconds = round(time.monotonic() - began, 3)
+    say(
+        f"{why}; from version {champion.number}, bundle {bundle.id}, interests as of {bundle.pointer.as_of}, "
+        f"in {seconds:.1f} s"
+    )
+    return {
+        "outcome": ROLLBACK,
+        "version": version.number,
+        "from": champion.number,
+        "bundle": bundle.id,
+        "served_by": served,
+        "reason": reason,
+        "seconds": seconds,
+    }
+
+
+def rollback_pair(registry: Registry, number: str | None) -> tuple[Version, Version]:
+    """Return the champion, and the version that a rollback would put in its place: `number`, else the one before.
+
+    Raises:
+        QualityError: there is nothing to go back to, or the version was never champion, or is it now.
+        ArtifactError: there is no such version.
+    """
     champion = registry.by_alias(CHAMPION)
     if champion is None:
         raise QualityError("rollback: there is no champion; nothing to go back to")
@@ -237,23 +267,9 @@ def roll_back(places: Places, registry: Registry, number: str | None, reason: st
             f"rollback: version {number} was never champion, so nobody knows how it serves; have "
             f"{', '.join(registry.released()) or 'none'}; a candidate goes through its gates: `encode release`"
         )
-    with loaded(registry, places, version) as bundle:
-        why = f"rolled back to version {number}" + (f": {reason}" if reason else "")
-        registry.tag(champion, REFUSED, why)
-        registry.untag(version, REFUSED)
-        registry.point(CHAMPION, version)
-        served = see_served(places, bundle, say, again=True)
-    seconds = round(time.monotonic() - began, 3)
-    say(
-        f"{why}; from version {champion.number}, bundle {bundle.id}, interests as of {bundle.pointer.as_of}, "
-        f"in {seconds:.1f} s"
-    )
-    return {
-        "outcome": ROLLBACK,
-        "version": number,
-        "from": champion.number,
-        "bundle": bundle.id,
-        "served_by": served,
-        "reason": reason,
-        "seconds": seconds,
-    }
+    return champion, version
+
+
+def note_of_rollback(version: Version, reason: str | None) -> str:
+    """Return what is noted on the version that is left."""
+    return f"rolled back to version {version.number}" + (f": {reason}" if reason else "")

@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,11 @@ class Registry:
         """Return the numbers of the versions that are or were champion, ascending."""
         return [one.number for one in self.versions() if one.was_champion]
 
+    def spaces_in_use(self) -> list[str]:
+        """Return the spaces of champion and candidate, in which interests are refreshed."""
+        versions = [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
+        return sorted({version.space for version in versions})
+
     def notify(self, url: str, secret: str) -> str:
         """Let MLflow call an address whenever an alias of this registry is set or removed; the same address once.
 
@@ -147,18 +152,30 @@ class Registry:
         Raises:
             ConfigError: MLflow takes no such address, or keeps no webhooks.
         """
-        from mlflow.entities.webhook import WebhookEvent
+        from mlflow.entities.webhook import WebhookEvent, WebhookStatus
         from mlflow.exceptions import MlflowException
 
         events = [WebhookEvent("model_version_alias", action) for action in ("created", "deleted")]
         try:
-            known = next((one for one in self._client.list_webhooks() if one.url == url), None)
-            told: dict[str, Any] = {"name": f"encode-{digest(url.encode())[:12]}", "events": events, "secret": secret}
+            known = next((one for one in self._webhooks() if one.url == url), None)
+            told: dict[str, Any] = {
+                "name": f"encode-{digest(url.encode())[:12]}",
+                "events": events,
+                "secret": secret,
+                "status": WebhookStatus.ACTIVE,
+            }
             if known is None:
                 return str(self._client.create_webhook(url=url, **told).webhook_id)
             return str(self._client.update_webhook(known.webhook_id, **told).webhook_id)
         except (MlflowException, NotImplementedError) as error:
             raise ConfigError(f"{self._uri}: no webhook for {url}: {error}") from None
+
+    def _webhooks(self) -> Iterator[Any]:
+        page = self._client.list_webhooks()
+        yield from page
+        while page.token:
+            page = self._client.list_webhooks(page_token=page.token)
+            yield from page
 
     def metrics(self, version: Version) -> dict[str, float]:
         """Return the metrics that were logged with a version."""

@@ -116,9 +116,8 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.interests.snapshots import write_space
     from encode.model.files import load_model
     from encode.model.reproducible import reproducible
-    from encode.plan import model_recipe
     from encode.registry import Registry
-    from encode.train import package
+    from encode.train import package, recipe_of
     from encode.train import train as fit
 
     storage = open_log(places, config.name)
@@ -126,7 +125,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         first = place()[0] == 0
         say = say if first else quiet
         histories, inputs = read_histories(storage, as_of, say=say)
-        settings, made = model_recipe(config, as_of, inputs)
+        settings, made = recipe_of(config, as_of, inputs)
         prefix = f"models/{made[:16]}"
         manifest = read_manifest(storage, prefix)
         if manifest is None:
@@ -176,10 +175,10 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     from encode.interests.refresh import refresh_interests
     from encode.interests.snapshots import folder_of
     from encode.monitoring.report import write_report
-    from encode.plan import spaces_in_use
     from encode.pointers import read_pointer
+    from encode.registry import Registry
 
-    spaces = spaces_in_use(config, places)
+    spaces = Registry(places, config.registry).spaces_in_use()
     if not spaces:
         say("no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "snapshots": {}, "reports": {}, "users": 0}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -33,6 +33,7 @@ from encode.model.files import ModelCard, model_files
 from encode.model.long_term import Catalog
 from encode.model.reduction import draw_triplets, dynamic_triplet_loss
 from encode.model.space import Space, SpaceConfig, space_of
+from encode.outputs import recipe
 from encode.schema import UNKNOWN, Window, day_of, day_start
 
 _TRIPLETS_PER_UPDATE = 1024
@@ -243,6 +244,12 @@ def _triplet_loss(tables: Tables, batch: Batch, model: ModelConfig, generator: t
         category=tables.item_category[items] if model.selection == "category" else None,
     )
     return loss * (len(own) / max(1, len(triplets)))
+
+
+def recipe_of(config: Config, as_of: date, inputs: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Return the settings that decide about a model, and the fingerprint of the one that they make of `inputs`."""
+    settings = config.model_dump(mode="json", include={"model", "clustering", "training"}) | {"as_of": str(as_of)}
+    return settings, recipe("model", settings, inputs, config.training.seed)
 
 
 def package(trained: Trained, histories: Histories, as_of: date, config: Config) -> tuple[ModelCard, dict[str, bytes]]:

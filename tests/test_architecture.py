@@ -33,8 +33,8 @@ LAYERS = [
     ["encode.quality"],
     ["encode.registry", "encode.serving"],
     ["encode.lineage", "encode.lineage_text", "encode.monitoring"],
-    ["encode.plan"],
-    ["encode.gates", "encode.promotion", "encode.release_plots", "encode.release_report", "encode.steps"],
+    ["encode.gates", "encode.promotion", "encode.release_plots", "encode.release_report"],
+    ["encode.plan", "encode.steps"],
     ["encode.quickstart", "encode.cli"],
 ]
 """A module imports from its own layer and from those above it in this list."""

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from encode import steps
+from encode import plan, steps
 from encode.config import Places, load_config
 from encode.errors import ArtifactError, ConfigError, QualityError
 from encode.outputs import MANIFEST
@@ -263,6 +263,9 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     )
     third = steps.train(lenient, places, WINDOW.end, quiet)
     steps.refresh(lenient, places, WINDOW.end, quiet)
+    planned = plan.release(lenient, places, quiet)
+    assert (planned["outcome"], planned["version"]) == ("to be judged", third["version"])
+    assert (planned["champion"], planned["approval"]) == (first["version"], True)
     waiting = steps.release(lenient, places, quiet)
     assert (waiting["outcome"], waiting["version"]) == ("waits for approval", third["version"])
     with pytest.raises(QualityError, match=f"version 99 is approved, version {third['version']} was judged"):
@@ -292,6 +295,12 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     with pytest.raises(QualityError, match="is the champion; it serves already"):
         steps.rollback(lenient, places, quiet, to=third["version"])
     said = []
+    planned = plan.rollback(lenient, places, said.append, reason="rehearsal")
+    assert (planned["from"], planned["version"]) == (third["version"], first["version"])
+    assert planned["snapshot"] == released["refresh"]["snapshots"][released["train"]["space"]]
+    assert f"version {third['version']} as refused: {planned['note']}" in said[-1]
+    assert registry.by_alias(CHAMPION).number == third["version"], "a dry run moves nothing"
+    assert REFUSED not in registry.by_number(third["version"]).tags
     back = steps.rollback(lenient, places, said.append, reason="rehearsal")
     assert (back["version"], back["bundle"]) == (first["version"], first["bundle"])
     assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == first["bundle"]
@@ -303,7 +312,8 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     )
     assert back["seconds"] < 60, "seconds; on a machine that many tests share, more"
     assert f"in {back['seconds']:.1f} s" in said[-1]
-    assert registry.by_number(third["version"]).tags[REFUSED] == f"rolled back to version {first['version']}: rehearsal"
+    assert registry.by_number(third["version"]).tags[REFUSED] == planned["note"]
+    assert planned["note"] == f"rolled back to version {first['version']}: rehearsal"
     assert steps.release(lenient, places, quiet)["outcome"] == "serving brought up to date"
     with pytest.raises(QualityError, match="is the first champion"):
         steps.rollback(lenient, places, quiet)

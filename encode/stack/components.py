@@ -42,6 +42,9 @@ STORE_CONNECTIONS: Mapping[str, str] = {
     "ENCODE_TRAIN_STORE": "train",
 }
 
+# What our DAGs read from the environment; a change of it restarts Airflow.
+DAG_SETTINGS = ("ENCODE_PRESET", "ENCODE_VALIDATE_SCHEDULE", "ENCODE_TRAIN_SCHEDULE", "ENCODE_SCRATCH")
+
 # Seconds between SIGTERM and SIGKILL. Idle, the slowest needs 4; Airflow's also wait for running tasks.
 STOP_GRACE: Mapping[str, float] = {"objectstore": 10.0, "mlflow": 10.0, "airflow": 15.0, "serving": 10.0}
 
@@ -249,6 +252,7 @@ def airflow(
         "GX_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         **airflow_connections(store, mlflow_url, serving_url, credentials.role_secrets),
+        **_dag_settings(os.environ),
     }
     return Component(
         name="airflow",
@@ -260,6 +264,14 @@ def airflow(
         files={passwords: json.dumps({credentials.airflow_username: credentials.airflow_password}) + "\n"},
         start_limit=300.0,
     )
+
+
+def _dag_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return those of `DAG_SETTINGS` that are set; paths are made absolute, for Airflow works in its own folder."""
+    found = {name: environment[name] for name in DAG_SETTINGS if environment.get(name)}
+    preset = found.get("ENCODE_PRESET", "")
+    paths = {"ENCODE_SCRATCH"} | ({"ENCODE_PRESET"} if preset.endswith((".yaml", ".yml")) else set())
+    return {name: str(Path(value).resolve()) if name in paths else value for name, value in found.items()}
 
 
 def airflow_connections(

@@ -169,18 +169,23 @@ def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, 
         ("encode_validate", "failed"),
         *[("encode_train", "success")] * 3,
         *[("encode_refresh", "success")] * 3,
-        ("encode_release", "success"),
+        *[("encode_release", "success")] * 3,
+        ("encode_rollback", "failed"),
         ("encode_train", "failed"),
     ], results
-    validated, _, *both, released, _ = (run["value"] for run in results["runs"])
-    assert [run["task"] for run in results["runs"][2:8]] == ["skipped", "success", "skipped"] * 2
-    (train_plan, trained, trained_plan), (refresh_plan, refreshed, refreshed_plan) = both[:3], both[3:]
+    validated, _, *planned, _, _ = (run["value"] for run in results["runs"])
+    assert [run["task"] for run in results["runs"][2:11]] == ["skipped", "success", "skipped"] * 3
+    train_plan, trained, trained_plan, refresh_plan, refreshed, refreshed_plan, judging, released, again = planned
     assert validated["rows"] == 61_461
     assert train_plan["writes"] == [trained["model"], "spaces"]
     assert (train_plan["rows"], trained_plan["done"], trained_plan["writes"]) == (61_460, True, [])
     assert refresh_plan["writes"] == ["histories", f"interests/{trained['space']}"]
     assert list(refreshed["snapshots"]) == [trained["space"]]
     assert (refreshed_plan["spaces"], refreshed_plan["writes"]) == (refreshed["snapshots"], [])
+    assert (judging["outcome"], judging["version"], judging["champion"]) == ("to be judged", trained["version"], None)
+    assert judging["snapshot"] == refreshed["snapshots"][trained["space"]]
     assert released["outcome"] == "released"
+    assert (again["outcome"], again["version"]) == ("serving brought up to date", trained["version"])
+    assert released["preset"] == str(SMALL)
     assert released["version"] == trained["version"]
     assert object_store.secret_key not in json.dumps(results)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from made import END, FILES, SPACE, Client, make_model, refresh, score, wait
+from mlflow.entities.webhook import WebhookEvent
 
 from encode.config import Places, RegistryConfig, load_config
 from encode.errors import ArtifactError, ConfigError
@@ -439,9 +440,14 @@ def test_mlflow_tells_a_serving_process_that_an_alias_moved(mlflow_server, start
     serving = start_serving("--poll", "3600", ENCODE_WEBHOOK_SECRET=SECRET)
     registry = Registry(Places(store=str(tmp_path), tracking_uri=mlflow_server), RegistryConfig())
     address = f"{serving.url}/v1/release/webhook"
-    first = registry.notify(address, "an old secret")
-    assert registry.notify(address, SECRET) == first
     client = registry._client
+    first = registry.notify(address, "an old secret")
+    event = WebhookEvent("registered_model", "created")
+    for place in range(100):  # a page of them
+        client.create_webhook(f"other-{place}", f"http://127.0.0.1:9/{place}", [event], status="DISABLED")
+    client.update_webhook(first, status="DISABLED")
+    assert registry.notify(address, SECRET) == first
+    assert client.get_webhook(first).status == "ACTIVE"
     client.create_registered_model("told")
     version = client.create_model_version("told", source="s3://nowhere/told", run_id=None)
     client.set_registered_model_alias("told", "champion", version.version)
