@@ -2,7 +2,7 @@
 
 Turns the raw partitions of some days, `raw/dt=D`, into behaviors, `behaviors/dt=D`. Rows that break the contract go to
 `quarantine/dt=D` with a reason each; Great Expectations judges each day, and its Data Docs page lies beside it.
-Days that are validated already are left alone.
+Days that are validated already are left alone, unless *Replay* is on and what is wrong with them was mended.
 
 **Which days.** *First day* and *End* of the form; else those of the `encode_raw` events that triggered the run; else
 the data interval: of a schedule (`ENCODE_VALIDATE_SCHEDULE`), of a backfill, or, with a schedule, the last one before
@@ -18,7 +18,7 @@ A *dry run* says which days have raw data, which are done, and what would be wri
 
 from __future__ import annotations
 
-from airflow.sdk import dag, task
+from airflow.sdk import Param, dag, task
 
 from encode_wiring import BEHAVIORS, COMMON, RAW, day_param, dry_run_param, preset_param, resolved, schedule
 
@@ -29,6 +29,13 @@ from encode_wiring import BEHAVIORS, COMMON, RAW, day_param, dry_run_param, pres
         "preset": preset_param(),
         "start": day_param("First day", "Empty: the day before the end, or the days that triggered the run."),
         "end": day_param("End", "The first day that is not validated. Empty: the day after the first day."),
+        "replay": Param(
+            False,
+            type="boolean",
+            title="Replay",
+            description="Also judge anew what days that are validated have in quarantine, where their raw data or the "
+            "settings changed since, and add what is good by now.",
+        ),
         "dry_run": dry_run_param(),
     },
     doc_md=__doc__,
@@ -39,14 +46,15 @@ def encode_validate() -> None:
 
     @task(
         outlets=[BEHAVIORS],
-        doc_md="`encode.steps.validate` for the days of the run. Its XCom has the counts and the address of each day's "
-        "page. To run it again, clear it: what is published stays and is not done twice.",
+        doc_md="`encode.steps.validate`, or `replay`, for the days of the run. Its XCom has the counts and the address "
+        "of each day's page. To run it again, clear it: what is published stays and is not done twice.",
     )
     def validate(*, outlet_events=None, **context):
         from encode import plan, steps
 
         run = resolved(context)
-        summary = run.carry_out(steps.validate, plan.validate, run.days)
+        step, dry = (steps.replay, plan.replay) if context["params"]["replay"] else (steps.validate, plan.validate)
+        summary = run.carry_out(step, dry, run.days)
         outlet_events[BEHAVIORS].extra = run.facts
         return summary
 

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     replay = with_step(add("replay", _replay, text))
     replay.add_argument("--start", metavar="DAY", help="first day, YYYY-MM-DD")
     replay.add_argument("--end", metavar="DAY", help="first day that is not replayed (default: one day)")
+    _with_dry_run(replay)
     docs = with_step(add("docs", _docs, "fetch what validation said: an index over the days, and a day's Data Docs"))
     docs.add_argument("day", nargs="?", metavar="DAY", help="also show why its rows were rejected, YYYY-MM-DD")
     docs.add_argument("--start", metavar="DAY", help="first day of the index (default: all days)")
@@ -383,11 +384,12 @@ def _validate(options: argparse.Namespace) -> None:
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from encode import steps
+    from encode import plan, steps
     from encode.schema import resolve_window
 
     window = resolve_window(options.start, options.end)
-    _show(options, steps.replay(_config(options), _places(options), window, _say(options)))
+    step = plan.replay if options.dry_run else steps.replay
+    _show(options, step(_config(options), _places(options), window, _say(options)))
 
 
 def _docs(options: argparse.Namespace) -> None:

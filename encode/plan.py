@@ -32,39 +32,59 @@ def validate(config: Config, places: Places, window: Window, say: Say = print) -
     """Say what `steps.validate` would do.
 
     Returns:
-        `window`, the days `to_validate`, their number that is `unchanged`, `missing_days` without raw data, and what
-        it `writes`.
+        `window`, the days `to_validate`, how many are `unchanged`, `missing_days` without raw data, and what it
+        `writes`.
 
     Raises:
         DataError: there is no raw partition in the window, or one changed after it was validated.
     """
+    return _days_to_do(config, places, window, say, replaying=False)
+
+
+def replay(config: Config, places: Places, window: Window, say: Say = print) -> Summary:
+    """Say what `steps.replay` would do.
+
+    Returns:
+        As `validate`, and `to_replay`: days whose quarantine would be judged anew; how many of its rows are good by
+        now, only judging them can tell.
+
+    Raises:
+        DataError: there is no raw partition in the window.
+    """
+    return _days_to_do(config, places, window, say, replaying=True)
+
+
+def _days_to_do(config: Config, places: Places, window: Window, say: Say, *, replaying: bool) -> Summary:
     storage = open_log(places, config.name, writing=False)
     raw_days = find_raw_days(storage, window.days())
     published = published_days(storage)
-    to_do = [day for day in raw_days if day not in published]
+    new = [day for day in raw_days if day not in published]
     missing = [day for day in window.days() if day not in raw_days]
     say(
-        f"dry run: validate {window}: raw data of {len(raw_days)} days, {len(raw_days) - len(to_do)} of them validated "
-        f"before; no raw data: {_spans(missing)}"
+        f"dry run: {'replay' if replaying else 'validate'} {window}: raw data of {len(raw_days)} days, "
+        f"{len(raw_days) - len(new)} of them validated before; no raw data: {_spans(missing)}"
     )
     if not raw_days:
         raise DataError(f"{storage.uri}/raw: no raw data for any day of {window}; land the log, or choose other days")
-    for day, raw in raw_days.items():
-        done = read_manifest(storage, published[day][-1]) if day in published else None
-        if done is not None and changes(raw, config, done):
-            report_of(storage, raw, config, done)
-    writes = [f"{kind}/dt={day}" for day in to_do for kind in ("behaviors", "quarantine")]
-    say(
-        f"dry run: would validate {_spans(to_do)} and write behaviors/dt=DAY and quarantine/dt=DAY"
-        if to_do
-        else "dry run: nothing to do"
-    )
+    done = {day: read_manifest(storage, published[day][-1]) for day in raw_days if day in published}
+    stale = [day for day, last in done.items() if last and changes(raw_days[day], config, last)]
+    for day in stale:
+        if not replaying and (last := done[day]):
+            report_of(storage, raw_days[day], config, last)  # raises what the run would
+    if new:
+        say(f"dry run: would validate {_spans(new)} and write behaviors/dt=DAY and quarantine/dt=DAY")
+    if stale:
+        say(f"dry run: data or settings changed since: would judge the quarantine of {_spans(stale)} anew")
+    if not new and not stale:
+        say("dry run: nothing to do")
+    prefixes = [f"dt={day}" for day in new] + [f"dt={day}/replay-{len(published[day]):03}" for day in stale]
     return {
         "window": str(window),
-        "to_validate": [str(day) for day in to_do],
-        "unchanged": len(raw_days) - len(to_do),
+        "to_validate": [str(day) for day in new],
+        "to_replay": [str(day) for day in stale],
+        "unchanged": len(raw_days) - len(new) - len(stale),
         "missing_days": [str(day) for day in missing],
-        "writes": writes,
+        "writes": [f"{kind}/{prefix}" for prefix in prefixes for kind in ("behaviors", "quarantine")],
     }
 
 

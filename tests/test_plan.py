@@ -62,6 +62,23 @@ def test_a_dry_run_fails_where_the_run_would(landed):
     assert files_of(folder) == before
 
 
+def test_a_dry_run_of_a_replay_says_whose_quarantine_is_judged_anew(tmp_path):
+    places = Places.in_folder(tmp_path)
+    first = parse_day(steps.land(TINY, places, quiet)["first_day"], "first day")
+    window = Window(first, first + timedelta(days=2))
+    steps.validate(TINY, places, Window(first, first + timedelta(days=1)), quiet)
+    assert plan.replay(TINY, places, window, quiet)["to_replay"] == []
+    changed = TINY.model_copy(update={"validation": TINY.validation.model_copy(update={"min_users": 2})})
+    before = files_of(tmp_path)
+    found = plan.replay(changed, places, window, quiet)
+    assert (found["to_replay"], found["to_validate"]) == ([str(first)], [str(first + timedelta(days=1))])
+    assert files_of(tmp_path) == before
+    steps.replay(changed, places, window, quiet)
+    made = {name.removeprefix("store/").rpartition("/")[0] for name in files_of(tmp_path).keys() - before.keys()}
+    assert made == set(found["writes"])
+    assert plan.replay(changed, places, window, quiet)["writes"] == []
+
+
 def test_a_dry_run_of_training_counts_what_is_validated_before_the_day(landed):
     folder, places, first = landed
     before = files_of(folder)

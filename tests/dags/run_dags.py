@@ -28,6 +28,7 @@ def main(folder, preset):
     # A manual run with days, a run with neither days nor a date, and runs that name the end only.
     run("encode_validate", conf={"start": "2017-09-03", "end": "2018-01-01"})
     run("encode_validate")
+    run("encode_validate", conf={"start": "2017-09-03", "replay": True})
     # Dry runs before and after the real ones.
     for dag_id in ("encode_train", "encode_refresh"):
         for dry_run in (True, False, True):

@@ -167,16 +167,18 @@ def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, 
     assert runs == [
         ("encode_validate", "success"),
         ("encode_validate", "failed"),
+        ("encode_validate", "success"),
         *[("encode_train", "success")] * 3,
         *[("encode_refresh", "success")] * 3,
         *[("encode_release", "success")] * 3,
         ("encode_rollback", "failed"),
         ("encode_train", "failed"),
     ], results
-    validated, _, *planned, _, _ = (run["value"] for run in results["runs"])
-    assert [run["task"] for run in results["runs"][2:11]] == ["skipped", "success", "skipped"] * 3
+    validated, _, replayed, *planned, _, _ = (run["value"] for run in results["runs"])
+    assert [run["task"] for run in results["runs"][3:12]] == ["skipped", "success", "skipped"] * 3
     train_plan, trained, trained_plan, refresh_plan, refreshed, refreshed_plan, judging, released, again = planned
     assert validated["rows"] == 61_461
+    assert (replayed["unchanged"], replayed["replayed"]) == (1, 0)
     assert train_plan["writes"] == [trained["model"], "spaces"]
     assert (train_plan["rows"], trained_plan["done"], trained_plan["writes"]) == (61_460, True, [])
     assert refresh_plan["writes"] == ["histories", f"interests/{trained['space']}"]
