@@ -59,7 +59,9 @@ def encode_release() -> None:
         from encode import steps
 
         run = resolved(context, days=False)
-        return steps.release(run.config, places(), judged=judged, refused=_refusal(answer)) | run.facts
+        approved = judged["version"] if answer and answer["chosen_options"] == [APPROVE] else None
+        done = steps.release(run.config, places(), judged=judged, refused=_refusal(answer), approve=approved)
+        return done | run.facts
 
     judged = judge()
     needs_approval(judged) >> approve

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import COMMON, dry_run_param, preset_param, resolved
+from encode_wiring import COMMON, dry_run_param, places, preset_param, resolved
 
 
 @dag(
@@ -40,15 +40,22 @@ from encode_wiring import COMMON, dry_run_param, preset_param, resolved
 def encode_rollback() -> None:
     """Wire the step."""
 
-    # Not tried again: a second try would go back one version more.
-    @task(retries=0, doc_md="`encode.steps.rollback`.")
-    def rollback(**context):
-        from encode import plan, steps
+    @task(doc_md="`encode.plan.rollback`: which version is left, for which. A dry run ends here.")
+    def choose(**context):
+        from encode import plan
 
         run, params = resolved(context, days=False), context["params"]
-        return run.carry_out(steps.rollback, plan.rollback, to=params["version"], reason=params["reason"])
+        return run.carry_out(plan.rollback, plan.rollback, to=params["version"], reason=params["reason"])
 
-    rollback()
+    @task(doc_md="`encode.steps.rollback` of exactly what was chosen, so that it may be cleared and tried again.")
+    def rollback(chosen, **context):
+        from encode import steps
+
+        run, reason = resolved(context, days=False), context["params"]["reason"]
+        done = steps.rollback(run.config, places(), to=chosen["version"], reason=reason, leaving=chosen["from"])
+        return done | run.facts
+
+    rollback(choose())
 
 
 encode_rollback()

@@ -151,14 +151,36 @@ def window(context: Any) -> Window:
         params.get("start"),
         params.get("end") or params.get("as_of"),
         run.partition_key,
-        [event for event in _events(context) if event.keys() & {"start", "end"}],
+        _with_days(_events(context)),
         (run.data_interval_start, run.data_interval_end),
     )
 
 
 def _preset(context: Any) -> str:
-    named = [event["preset"] for event in _events(context) if "preset" in event]
-    return context["params"].get("preset") or next(iter(named), DEFAULT_PRESET)
+    from encode.errors import ConfigError
+
+    if chosen := context["params"].get("preset"):
+        return chosen
+    named = sorted({event["preset"] for event in _events(context) if "preset" in event})
+    if len(named) > 1:
+        raise ConfigError(f"events of several presets triggered this run: {', '.join(named)}; trigger one run for each")
+    return named[0] if named else DEFAULT_PRESET
+
+
+def _with_days(events: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the events that say which days; of others the log says why they are left out."""
+    from encode.errors import ConfigError
+    from encode.schema import resolve_window
+
+    found = []
+    for event in events:
+        try:
+            resolve_window(event.get("start"), event.get("end"))
+        except ConfigError as error:
+            print(f"left out an event that says {event or 'nothing'}: {error}")
+        else:
+            found.append(event)
+    return found
 
 
 def _events(context: Any) -> list[dict[str, str]]:
@@ -182,7 +204,7 @@ def places() -> Places:
         region=extra.get("region", "us-east-1"),
         access_key=store.login,
         secret_key=store.password,
-        single_writer=bool(extra.get("single_writer")),
+        single_writer=str(extra.get("single_writer")).lower() in ("true", "1"),  # a connection as URI has texts only
         tracking_uri=mlflow.host,
         serving_url=serving.host,
         serving_key=serving.password,

@@ -115,14 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     release = with_step(add("release", _release, "let the candidate serve if it passes its gates"))
     decided = release.add_mutually_exclusive_group()
     decided.add_argument(
-        "--approve", metavar="VERSION", help="you looked at its report: with release.approval it serves"
+        "--approve", type=_text, metavar="VERSION", help="you looked at its report: with release.approval it serves"
     )
-    decided.add_argument("--refuse", metavar="VERSION", help="it must not serve, whatever its gates say; give --reason")
+    decided.add_argument(
+        "--refuse", type=_text, metavar="VERSION", help="it must not serve, whatever its gates say; give --reason"
+    )
     _with_dry_run(decided)
-    release.add_argument("--reason", metavar="TEXT", help="why it is refused")
+    release.add_argument("--reason", type=_text, metavar="TEXT", help="why it is refused")
     rollback = with_step(add("rollback", _rollback, "make the champion before this one serve again"))
-    rollback.add_argument("--to", metavar="VERSION", help="another version that was champion (default: the one before)")
-    rollback.add_argument("--reason", metavar="TEXT", help="noted on the version that is left")
+    rollback.add_argument(
+        "--to", type=_text, metavar="VERSION", help="another version that was champion (default: the one before)"
+    )
+    rollback.add_argument("--reason", type=_text, metavar="TEXT", help="noted on the version that is left")
     _with_dry_run(rollback)
     _add_erasure(add, with_step)
     _add_serving(add, with_step)
@@ -158,7 +162,7 @@ def _add_erasure(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
 def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
     serve = with_step(add("serve", _serve, "serve the champion over HTTP"))
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
     serve.add_argument(
         "--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)"
     )
@@ -278,7 +282,7 @@ def _add_stack(commands: Any, add: Callable[..., Any], with_step: Callable[..., 
 def _with_ports(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dags", type=Path, default=Path("dags"), help="folder of the DAGs (default: %(default)s)")
     for name, port in (("serving", 8000), ("mlflow", 5000), ("airflow", 8080), ("objectstore", 8333)):
-        command.add_argument(f"--{name}-port", type=int, help=f"default: {port}, or a free one if it is taken")
+        command.add_argument(f"--{name}-port", type=_port, help=f"default: {port}, or a free one if it is taken")
 
 
 def _with_dry_run(command: argparse._ActionsContainer) -> None:
@@ -297,6 +301,18 @@ def _at_least(least: float) -> Callable[[str], float]:
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing, expected a text; is a variable of your shell empty?")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 0 to 65535")
+    return int(text)
 
 
 def _share(text: str) -> float:
@@ -424,11 +440,11 @@ def _release(options: argparse.Namespace) -> None:
     from encode.errors import ConfigError
 
     config, places, say = _config(options), _places(options), _say(options)
-    if bool(options.refuse) != bool(options.reason):
+    if (options.refuse is None) != (options.reason is None):
         raise ConfigError("release: --refuse VERSION and --reason TEXT belong together")
     if options.dry_run:
         _show(options, plan.release(config, places, say))
-    elif options.refuse:
+    elif options.refuse is not None:
         _show(options, steps.refuse(config, places, options.refuse, options.reason, say))
     else:
         _show(options, steps.release(config, places, say, approve=options.approve))

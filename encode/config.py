@@ -23,9 +23,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A group of settings: immutable, and a key that is not listed is an error."""
+    """A group of settings: immutable, numbers finite, and a key that is not listed is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GeneratorConfig(Section):
@@ -220,7 +220,7 @@ class RefreshConfig(Section):
 
 
 class ReleaseConfig(Section):
-    """The gates before a model version serves."""
+    """The gates before a model version serves. A limit that nothing misses switches one off: 0, or a maximum of 1e9."""
 
     min_auc: Share = 0.6
     min_gauc: Share = 0.55

@@ -29,7 +29,8 @@ from encode.storage import Storage
 
 _NUM_THREADS = 8
 _ALIASES = (CHAMPION, CANDIDATE)
-_DAY = re.compile(r"(raw|behaviors)/dt=(\d{4}-\d{2}-\d{2})")
+_OUTPUT = re.compile(r"items|(raw|behaviors|quarantine|histories|spaces|interests|models)/.+")
+_RAW_DAY = re.compile(r"raw/dt=\d{4}-\d{2}-\d{2}")
 _BUNDLE = re.compile(r"[0-9a-f]{12}")
 DAILY = ("raw", "behaviors")
 """What lies in the store by day."""
@@ -76,6 +77,8 @@ class Lineage:
         self._storage, self._registry, self._verify = storage, registry, verify
         self._manifests: dict[str, Manifest | str] = {}
         self._keys: dict[str, frozenset[str]] = {}
+        self._damaged: dict[str, tuple[str, ...]] = {}
+        self._of_owners: dict[str, str] = {}
         self._shown: set[str] = set()
 
     def trace(self, what: str) -> Node:
@@ -91,7 +94,7 @@ class Lineage:
             return self._version(self._registry.by_number(name), both=True)
         if _BUNDLE.fullmatch(name):
             return self._bundle(name, *self.halves(name), {}, None)
-        if _DAY.fullmatch(name) or name.partition("/")[0] in ("interests", "histories", "spaces", "models"):
+        if _OUTPUT.fullmatch(name):
             return self._both_ways(name)
         if re.fullmatch(r"\d{8}-\w+", name):
             outputs = self._outputs("interests") + self._outputs("histories")
@@ -101,7 +104,7 @@ class Lineage:
             raise ArtifactError(f"lineage: {self._storage.uri} has no snapshot {name}")
         raise ConfigError(
             f"lineage: found {what!r}, expected a score (its JSON as a file, or - for stdin), a bundle id, a snapshot, "
-            "a partition (behaviors/dt=YYYY-MM-DD or raw/dt=YYYY-MM-DD), or the number of a model version"
+            "behaviors/dt=YYYY-MM-DD or raw/dt=YYYY-MM-DD, the number of a model version, or any output by its key"
         )
 
     def of_score(self, data: str | bytes, where: str) -> Node:
@@ -215,7 +218,7 @@ class Lineage:
             if kind == "raw" and problem is None and self._of_owner(prefix):
                 return self._raw_of_owner(prefix, expected)
             return Node(kind, prefix, problems=(problem or "missing: no manifest in the store",))
-        problems = self._damages(prefix, manifest)
+        problems = [*self._damages(prefix, manifest)]
         found = _identity(prefix, manifest)
         if expected is not None and found != expected:
             problems.append(f"is another one now: found {found[:_SHORT]}, recorded {expected[:_SHORT]}")
@@ -233,7 +236,7 @@ class Lineage:
     def _input(self, kind: str, name: str, expected: str, user: int | None) -> Node:
         if name == "erasures.json":
             return self._erasures(expected)
-        if "/" not in name or kind in ("raw", "items"):  # a file of the log, which is not in the store
+        if kind in ("raw", "items") or not _OUTPUT.fullmatch(name):  # a file of the log, which is not in the store
             return Node("source", name, {"digest": expected})
         return self._output(name, expected, leaf=name.partition("/")[0] == kind, user=user)
 
@@ -250,29 +253,42 @@ class Lineage:
         """Tell whether a raw partition holds files that were not landed from here: what is landed has a manifest."""
         from encode.data.landing import LANDED_SUFFIX
 
-        return any(not key.endswith(LANDED_SUFFIX) for key in self._files(prefix))
+        owned = any(not key.endswith(LANDED_SUFFIX) for key in self._files(prefix))
+        return owned and _RAW_DAY.fullmatch(prefix) is not None
 
     def _raw_of_owner(self, prefix: str, expected: str | None) -> Node:
         """Return a partition that the owner of the log wrote: it has no manifest, so its files must be read."""
-        from encode.data.raw_days import find_raw_days
-
         facts: dict[str, Any] = {"files": len(self._files(prefix)), "verified": self._verify}
         if not self._verify:
             return Node("raw", prefix, facts)
-        day = date.fromisoformat(prefix.removeprefix("raw/dt="))
-        raw = find_raw_days(self._storage, [day]).get(day)
-        found = fingerprint(raw.digests) if raw else "nothing"
+        found = self._digest_of_owner(prefix)
         problems = [f"is another one now: found {found[:_SHORT]}, recorded {expected[:_SHORT]}"] if expected else []
         return Node("raw", prefix, facts | {"digest": found}, tuple(problems if found != expected else []))
 
-    def _damages(self, prefix: str, manifest: Manifest) -> list[str]:
+    def _digest_of_owner(self, prefix: str) -> str:
+        from encode.data.raw_days import find_raw_days
+
+        if prefix not in self._of_owners:
+            day = date.fromisoformat(prefix.removeprefix("raw/dt="))
+            raw = find_raw_days(self._storage, [day]).get(day)
+            self._of_owners[prefix] = fingerprint(raw.digests) if raw else "nothing"
+        return self._of_owners[prefix]
+
+    def _damages(self, prefix: str, manifest: Manifest) -> tuple[str, ...]:
         """Return what is wrong with the files of an output: each must be there, or with `verify` be whole."""
+        if prefix not in self._damaged:
+            self._damaged[prefix] = tuple(self._find_damages(prefix, manifest))
+        return self._damaged[prefix]
+
+    def _find_damages(self, prefix: str, manifest: Manifest) -> Iterator[str]:
         if self._verify:
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                return [told for told in pool.map(lambda part: self._damage(prefix, part), manifest.parts) if told]
+                yield from filter(None, pool.map(lambda part: self._damage(prefix, part), manifest.parts))
+            return
         wanted = [part.key(prefix) for part in manifest.parts]
         missing = [key for key in wanted if key not in self._listed(key.rpartition("/")[0])]
-        return [f"{len(missing)} of {len(wanted)} files are missing, first {missing[0]}"] if missing else []
+        if missing:
+            yield f"{len(missing)} of {len(wanted)} files are missing, first {missing[0]}"
 
     def _damage(self, prefix: str, part: Part) -> str | None:
         try:
@@ -308,8 +324,8 @@ class Lineage:
     def _goes_into(self, prefix: str) -> tuple[Node, ...]:
         kind = prefix.partition("/")[0]
         if kind == "raw":
-            behaviors = prefix.replace("raw", "behaviors", 1)
-            return tuple(self._made_with([behaviors], prefix))
+            of_day = self._outputs(prefix.replace("raw", "behaviors", 1))  # its partition, and what replays added to it
+            return tuple(self._made_with(of_day, prefix))
         if kind == "behaviors":
             folders = ("histories", "models", "spaces")
             return tuple(node for folder in folders for node in self._made_with(self._outputs(folder), prefix))
@@ -320,7 +336,9 @@ class Lineage:
 
     def _joins(self, version: Version, prefix: str) -> bool:
         """Tell whether a version is of a model, or reads a snapshot."""
-        return prefix.startswith(f"interests/{version.space}/") or self._model_digest(prefix) == version.model
+        if prefix.startswith(f"interests/{version.space}/"):
+            return self._manifest(prefix)[0] is not None
+        return self._model_digest(prefix) == version.model
 
     def _made_with(self, prefixes: Sequence[str], source: str) -> Iterator[Node]:
         """Yield those outputs that name `source` among their inputs, newest first, with what they went into."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from datetime import date, timedelta
 
 from encode.lineage import DAILY, Node
 from encode.schema import canonical_json
@@ -11,6 +13,7 @@ _MOST_SHOWN = 8
 """Lines of siblings."""
 _SHORT = 12
 """Characters of a digest."""
+_DAY = re.compile(rf"({'|'.join(DAILY)})/dt=(\d{{4}}-\d{{2}}-\d{{2}})")
 
 
 def tree(node: Node) -> Iterator[str]:
@@ -36,10 +39,10 @@ def _lines(nodes: Sequence[Node], depth: int, arrow: str) -> Iterator[str]:
 
 
 def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
-    """Join daily partitions side by side that were made alike and have no problem."""
+    """Join daily partitions of days in a row that were made alike and have no problem."""
     run: list[Node] = []
     for node in nodes:
-        if run and not (_alike(run[-1]) is not None and _alike(run[-1]) == _alike(node)):
+        if run and not _follows(run[-1], node):
             yield run
             run = []
         run.append(node)
@@ -47,8 +50,21 @@ def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:
         yield run
 
 
+def _follows(before: Node, node: Node) -> bool:
+    """Tell whether a partition is of the day after and says the same."""
+    first, second = _day(before), _day(node)
+    in_a_row = first is not None and second is not None and second - first == timedelta(days=1)
+    return in_a_row and _alike(before) is not None and _alike(before) == _alike(node)
+
+
+def _day(node: Node) -> date | None:
+    """Return the day of a partition; what a replay added to one stands for itself."""
+    found = _DAY.fullmatch(node.name)
+    return date.fromisoformat(found[2]) if found else None
+
+
 def _alike(node: Node) -> bytes | None:
-    if node.kind not in DAILY or node.problems or any(one.goes_into or one.problems for one in (node, *node.made_from)):
+    if node.problems or any(one.goes_into or one.problems for one in (node, *node.made_from)):
         return None
     told = {name: node.facts.get(name) for name in ("settings", "version", "git_commit", "verified")}
     return canonical_json({"kind": node.kind, **told, "from": len(node.made_from)})

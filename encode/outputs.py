@@ -100,14 +100,27 @@ def part_of(name: str, data: bytes, rows: int | None = None) -> Part:
 
 def write_part(storage: Storage, prefix: str, name: str, data: bytes, rows: int | None = None) -> Part:
     """Write one file of an output that `complete_output` will complete, and describe it."""
-    storage.put(f"{prefix}/{name}", data)
+    _write(storage, prefix, name, data)
     return part_of(name, data, rows)
+
+
+def _write(storage: Storage, prefix: str, name: str, data: bytes) -> None:
+    """Write a file, in place of what a try that was killed has left, but not of what is complete by now."""
+    key = f"{prefix}/{name}"
+    try:
+        storage.create(key, data)
+    except LostRace:
+        found = storage.get_versioned(key)
+        if found is None or (found[0] != data and read_manifest(storage, prefix) is None):
+            storage.put(key, data)
 
 
 def write_output(
     storage: Storage, prefix: str, parts: Mapping[str, bytes], *, rows: Mapping[str, int] | None = None, **facts: Any
 ) -> Manifest:
     """Write all parts, then the manifest. Killed in between, the output is absent and the next try overwrites it.
+
+    Of two who write an output at once, with other bytes, the second leaves alone what the first has completed.
 
     Args:
         storage: the object store.
@@ -122,7 +135,7 @@ def write_output(
     described = [part_of(name, data, (rows or {}).get(name)) for name, data in sorted(parts.items())]
     if read_manifest(storage, prefix) is None:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            list(pool.map(lambda item: storage.put(f"{prefix}/{item[0]}", item[1]), parts.items()))
+            list(pool.map(lambda item: _write(storage, prefix, *item), parts.items()))
     return complete_output(storage, prefix, described, **facts)
 
 

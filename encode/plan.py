@@ -13,7 +13,7 @@ from typing import Any
 from encode.config import Config, Places
 from encode.data.daily import changes, report_of
 from encode.data.erasures import erased_users
-from encode.data.grouping import FOLDER, Grouped, wanted_histories
+from encode.data.grouping import FOLDER, Grouped, obsolete, wanted_histories
 from encode.data.histories import inputs_of
 from encode.data.partitions import published_days, validated_days
 from encode.data.raw_days import find_raw_days
@@ -131,7 +131,10 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
 
     Raises:
         ArtifactError: there are no validated behaviors.
+        ConfigError: what is to cluster needs a GPU, and there is none.
     """
+    from encode.interests.extract import kernel_of
+    from encode.interests.refresh import base_of
     from encode.registry import Registry
 
     spaces = Registry(places, config.registry).spaces_in_use()
@@ -139,6 +142,8 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
         say("dry run: no model is registered yet: no space to refresh interests in")
         return {"as_of": str(as_of), "new_days": [], "spaces": {}, "writes": []}
     storage = open_log(places, config.name, writing=False)
+    if config.refresh.engine == "local":
+        kernel_of(config.refresh)
     if (at_hand := read_pointer(storage, FOLDER)) and at_hand[0].as_of > as_of:
         say(f"dry run: histories are as of {at_hand[0].as_of} already: would refresh as of that day, not {as_of}")
         as_of = at_hand[0].as_of
@@ -147,24 +152,29 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
     known = base.days if base else {}
     new = [prefix for prefix in wanted.days if prefix not in known]
-    anew = [prefix for prefix in known if wanted.days.get(prefix) != known[prefix]]
-    grouped = base if base and base.manifest.details.items() >= wanted.details().items() else None
+    reason = obsolete(base, wanted, config.refresh) if base else None
+    there = base is not None and reason is None and base.manifest.details.items() >= wanted.details().items()
+    grouped = base if there else None
     say(
         f"dry run: refresh as of {as_of}: {len(wanted.days)} validated days, not in the histories yet: "
-        f"{_spans(_days(new))}"
-        + (f"; validated again or removed since: {_spans(_days(anew))}, would group all anew" if anew else "")
+        f"{_spans(_days(new))}" + (f"; {reason}: would group all behaviors anew" if reason else "")
     )
-    current = {space: _snapshot(storage, space, say) for space in spaces}
-    to_do = [space for space, (_, made) in current.items() if grouped is None or made != grouped.prefix]
-    writes = ([] if grouped else [FOLDER]) + [folder_of(space) for space in to_do]
-    for space, (snapshot, _) in current.items():
-        doing = "would write a snapshot and move the pointer to it" if space in to_do else "nothing to do"
-        say(f"dry run: space {space}: current snapshot {snapshot or 'none'}, {doing}")
+    current: dict[str, str | None] = {}
+    to_do = []
+    for space in spaces:
+        pointer, manifest = read_base(storage, folder_of(space), say)
+        found = base_of(storage, pointer, manifest, grouped, config.refresh) if grouped else None
+        current[space] = pointer.snapshot if pointer else None
+        doing = "nothing to do"
+        if grouped is None or found is None or found.histories.prefix != grouped.prefix:
+            to_do.append(space)
+            doing = "would write a snapshot and move the pointer to it"
+        say(f"dry run: space {space}: current snapshot {current[space] or 'none'}, {doing}")
     return {
         "as_of": str(as_of),
         "new_days": [str(day) for day in _days(new)],
-        "spaces": {space: snapshot for space, (snapshot, _) in current.items()},
-        "writes": writes,
+        "spaces": current,
+        "writes": ([] if grouped else [FOLDER]) + [folder_of(space) for space in to_do],
     }
 
 
@@ -184,7 +194,7 @@ def release(config: Config, places: Places, say: Say = print) -> Summary:
         say("dry run: nothing to do")
         return {"outcome": found.outcome, "version": None, "snapshot": None, "champion": champion, "approval": False}
     judging = found.outcome == PASSED
-    snapshot, _ = _snapshot(open_log(places, config.name, writing=False), found.chosen.space, say)
+    snapshot = _snapshot(open_log(places, config.name, writing=False), found.chosen.space, say)
     name = f"version {found.chosen.number} with snapshot {snapshot or 'none'} of space {found.chosen.space}"
     if judging:
         against = f"against version {champion}" if champion else "alone, for there is no champion"
@@ -217,19 +227,19 @@ def rollback(
     from encode.registry import Registry
 
     champion, version = rollback_pair(Registry(places, config.registry), to)
-    snapshot, _ = _snapshot(open_log(places, config.name, writing=False), version.space, say)
+    snapshot = _snapshot(open_log(places, config.name, writing=False), version.space, say)
     note = note_of_rollback(version, reason)
     say(
-        f"dry run: would let version {version.number} serve with snapshot {snapshot or 'none'} of space "
-        f"{version.space}, and mark version {champion.number} as refused: {note}"
+        f"would let version {version.number} serve with snapshot {snapshot or 'none'} of space {version.space}, and "
+        f"mark version {champion.number} as refused: {note}"
     )
     return {"from": champion.number, "version": version.number, "snapshot": snapshot, "note": note}
 
 
-def _snapshot(storage: Storage, space: str, say: Say) -> tuple[str | None, str | None]:
-    """Return the current snapshot of a space, and the prefix of the histories that it was made from."""
-    pointer, manifest = read_base(storage, folder_of(space), say)
-    return (pointer.snapshot if pointer else None), (str(manifest.details["histories"]) if manifest else None)
+def _snapshot(storage: Storage, space: str, say: Say) -> str | None:
+    """Return the current snapshot of a space."""
+    pointer, _ = read_base(storage, folder_of(space), say)
+    return pointer.snapshot if pointer else None
 
 
 def _days(prefixes: Iterable[str]) -> list[date]:

@@ -17,6 +17,8 @@ from encode.outputs import Manifest, read_manifest
 from encode.schema import canonical_json
 from encode.storage import LostRace, Storage
 
+POINTER = "current.json"
+"""Name of a folder's pointer."""
 _PUBLISH_TRIES = 20
 
 
@@ -42,7 +44,7 @@ def read_pointer(storage: Storage, folder: str) -> tuple[Pointer, str] | None:
     Raises:
         ArtifactError: the pointer cannot be read.
     """
-    key = f"{folder}/current.json"
+    key = f"{folder}/{POINTER}"
     found = storage.get_versioned(key)
     if found is None:
         return None
@@ -91,7 +93,7 @@ def move_pointer(storage: Storage, folder: str, pointer: Pointer, version: str |
     Raises:
         LostRace: somebody moved it in between.
     """
-    key = f"{folder}/current.json"
+    key = f"{folder}/{POINTER}"
     if version is None:
         storage.create(key, pointer.to_bytes())
     else:

@@ -28,6 +28,8 @@ Summary = dict[str, Any]
 NOTHING, UP_TO_DATE, PASSED = "nothing to release", "serving brought up to date", "passed"
 WAITING, RELEASE, REFUSAL, ROLLBACK = "waits for approval", "released", "refused", "rolled back"
 """Outcomes."""
+_BY_GATES = "misses its gates: "
+"""How the mark of a version begins that no person has refused."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,9 @@ def contest(registry: Registry, say: Say) -> Contest:
         return Contest(None, champion, NOTHING)
     if champion is not None and champion.number == candidate.number:
         return Contest(champion, champion, UP_TO_DATE)
-    if champion is not None and REFUSED in candidate.tags:
-        say(f"candidate version {candidate.number} was refused before: {candidate.tags[REFUSED]}")
-        return Contest(champion, champion, UP_TO_DATE)
+    if (why := candidate.tags.get(REFUSED)) and (champion is not None or not why.startswith(_BY_GATES)):
+        say(f"candidate version {candidate.number} was refused before: {why}")
+        return Contest(champion, champion, UP_TO_DATE if champion else NOTHING)
     return Contest(candidate, champion, PASSED)
 
 
@@ -63,7 +65,8 @@ def judge(config: Config, places: Places, registry: Registry, found: Contest, bu
     """Hold the candidate against its gates, if there is one, and log the report with it.
 
     Champion and candidate are both measured anew on the candidate's test days, on the same impressions. A refusal is
-    noted on the version, so that it is not tried again.
+    noted on the version, so that it is not tried again; where there is no champion it is, for the limits may have
+    changed, and a note of earlier gates is removed.
 
     Args:
         config: training says how impressions are sampled, release has the limits.
@@ -105,12 +108,13 @@ def judge(config: Config, places: Places, registry: Registry, found: Contest, bu
     say(f"report: {report}")
     missed = [str(gate) for gate in gates if not gate.passed]
     if missed:
-        registry.tag(candidate, REFUSED, "; ".join(missed))
+        registry.tag(candidate, REFUSED, _BY_GATES + "; ".join(missed))
         serves = "the champion still serves" if champion is not None else "there is no champion yet, nothing serves"
         raise QualityError(
             f"version {candidate.number} misses its gates: {'; '.join(missed)}; {serves}. Report: {report}. "
             "Train another candidate, or change the release section of the preset if the gate is wrong"
         )
+    registry.untag(candidate, REFUSED)
     return {
         "outcome": PASSED,
         "version": candidate.number,
@@ -144,26 +148,30 @@ def approved(config: Config, judged: Summary, approve: str | None, say: Say) -> 
     return False
 
 
-def publish(places: Places, registry: Registry, judged: Mapping[str, Any], bundle: Bundle, say: Say) -> Summary:
+def publish(places: Places, registry: Registry, judged: Summary, bundle: Bundle, say: Say) -> Summary:
     """Move the alias to what was judged, and see that serving has loaded exactly that bundle.
 
-    Where the alias has moved already, as in a second try, only serving is seen to.
+    Where the alias has moved already, as in a second try, only serving is seen to. Where there was only that to do and
+    the champion has changed meanwhile, whoever changed it sees to serving.
 
     Raises:
         QualityError: candidate, champion or snapshot are not those that were judged; nothing was released.
         TimeoutError: the alias has moved, but serving has not followed yet.
     """
-    outcome = judged["outcome"]
+    outcome, champion = judged["outcome"], registry.by_alias(CHAMPION)
+    serves = champion is not None and champion.number == judged["version"]
+    if outcome == UP_TO_DATE and not serves:
+        say(f"version {judged['version']} is not the champion any more: nothing to do")
+        return judged | {"outcome": NOTHING}
     if outcome == PASSED:
-        outcome = RELEASE
-        champion, candidate = registry.by_alias(CHAMPION), registry.by_alias(CANDIDATE)
-        if champion is None or champion.number != judged["version"]:
-            _check_unchanged(judged, candidate, champion, bundle)
-            version = registry.by_number(judged["version"])
-            if champion is not None:
-                registry.tag(version, PREVIOUS, champion.number)
-            registry.tag(version, RELEASED, bundle.id)
+        outcome, version = RELEASE, registry.by_number(judged["version"])
+        if not serves:
+            _check_unchanged(judged, registry.by_alias(CANDIDATE), champion, bundle)
             registry.point(CHAMPION, version)
+        if RELEASED not in version.tags:  # only once it serves: by this it may be rolled back to
+            if judged["champion"] is not None:
+                registry.tag(version, PREVIOUS, judged["champion"])
+            registry.tag(version, RELEASED, bundle.id)
     served = see_served(places, bundle, say, again=outcome == RELEASE)
     say(f"{outcome}: version {bundle.model_version}, bundle {bundle.id}, snapshot {bundle.pointer.snapshot}")
     summary = {"outcome": outcome, "version": bundle.model_version, "bundle": bundle.id, "served_by": served}
@@ -205,10 +213,18 @@ def refuse(registry: Registry, number: str, reason: str, say: Say) -> Summary:
     return {"outcome": REFUSAL, "version": number, "reason": reason}
 
 
-def roll_back(places: Places, registry: Registry, number: str | None, reason: str | None, say: Say) -> Summary:
+def roll_back(
+    places: Places,
+    registry: Registry,
+    number: str | None,
+    reason: str | None,
+    say: Say,
+    leaving: str | None = None,
+) -> Summary:
     """Make a version that was champion before the champion again, and see that serving has followed.
 
-    The one that served is marked as refused; the mark of the one that comes back is removed.
+    The one that served is marked as refused; the mark of the one that comes back is removed. With `leaving` it may be
+    tried again: where that one was left for `number` already, only serving is seen to.
 
     Args:
         places: where everything is.
@@ -216,19 +232,29 @@ def roll_back(places: Places, registry: Registry, number: str | None, reason: st
         number: which version; None takes the champion before this one.
         reason: noted on the version that is left.
         say: told what happens.
+        leaving: which version is to be left; None leaves whichever is the champion.
 
     Raises:
-        QualityError: there is nothing to go back to, or the version was never champion, or is it now.
+        QualityError: there is nothing to go back to, or the version was never champion, or is it now, or another one
+            than `leaving` serves, or becomes champion meanwhile; nothing has changed.
         ArtifactError: there is no such version, or its bundle cannot be loaded; nothing has changed.
-        TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it.
+        TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it without `leaving`.
     """
     began = time.monotonic()
-    champion, version = rollback_pair(registry, number)
+    if leaving is not None and number is not None and number != leaving and _champion(registry) == number:
+        champion, version = registry.by_number(leaving), registry.by_number(number)
+    else:
+        champion, version = rollback_pair(registry, number)
+        _check_champion(registry, leaving or champion.number)
+    why = note_of_rollback(version, reason)
     with loaded(registry, places, version) as bundle:
-        why = note_of_rollback(version, reason)
-        registry.tag(champion, REFUSED, why)
-        registry.untag(version, REFUSED)
-        registry.point(CHAMPION, version)
+        if _champion(registry) != version.number:
+            _check_champion(registry, champion.number)  # loading takes its time
+            registry.tag(champion, REFUSED, why)
+            if int(version.number) > int(champion.number):  # forward again: the one before it is the one that is left
+                registry.tag(version, PREVIOUS, champion.number)
+            registry.untag(version, REFUSED)
+            registry.point(CHAMPION, version)
         served = see_served(places, bundle, say, again=True)
     seconds = round(time.monotonic() - began, 3)
     say(
@@ -268,6 +294,19 @@ def rollback_pair(registry: Registry, number: str | None) -> tuple[Version, Vers
             f"{', '.join(registry.released()) or 'none'}; a candidate goes through its gates: `encode release`"
         )
     return champion, version
+
+
+def _champion(registry: Registry) -> str | None:
+    found = registry.by_alias(CHAMPION)
+    return found.number if found else None
+
+
+def _check_champion(registry: Registry, expected: str) -> None:
+    if (found := _champion(registry)) != expected:
+        raise QualityError(
+            f"rollback: version {expected} was to be left, but {f'version {found}' if found else 'none'} is the "
+            "champion now; nothing has changed. Look at what serves, and roll back that, if it has to be"
+        )
 
 
 def note_of_rollback(version: Version, reason: str | None) -> str:

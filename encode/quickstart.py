@@ -151,6 +151,6 @@ def _told(dag: str, result: Mapping[str, Any]) -> str:
         return f"candidate version {result['version']} in space {result['space']}, auc {result['metrics']['auc']:.4f}"
     if dag == "encode_refresh":
         return f"{result['users']:,} users, snapshot {', '.join(result['snapshots'].values())}"
-    return (
-        f"{result['outcome']}: version {result['version']}, bundle {result['bundle']} served by {result['served_by']}"
-    )
+    shown = ("version", "bundle", "served_by", "reason")  # what a person rejected has no bundle
+    facts = ", ".join(f"{name.replace('_', ' ')} {result[name]}" for name in shown if name in result)
+    return f"{result['outcome']}: {facts}" if facts else str(result["outcome"])

@@ -109,11 +109,14 @@ class Registry:
         """
         from mlflow.exceptions import MlflowException
 
+        where = f"{self._config.model_name} version {number}"
+        if not re.fullmatch(r"[0-9]{1,9}", number):  # MLflow takes 32 bits
+            raise ArtifactError(f"{where}: expected a number, as MLflow shows it with the model")
         try:
             return _version(self._client.get_model_version(self._config.model_name, number))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise ArtifactError(f"{self._config.model_name} version {number}: not in the registry") from None
+                raise ArtifactError(f"{where}: not in the registry") from None
             raise
 
     def versions(self) -> list[Version]:
@@ -142,6 +145,23 @@ class Registry:
         """Return the spaces of champion and candidate, in which interests are refreshed."""
         versions = [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
         return sorted({version.space for version in versions})
+
+    def spaces_at_hand(self) -> list[str]:
+        """Return the spaces of all versions with an alias, and of those that a champion may be rolled back to at once.
+
+        That is, of the champion before the champion. Empty where nothing is registered yet.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            aliases = self._client.get_registered_model(self._config.model_name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        named = [self.by_number(str(number)) for number in set(aliases.values())]
+        before = {one.tags[PREVIOUS] for one in named if PREVIOUS in one.tags}
+        return sorted({version.space for version in (*named, *map(self.by_number, before))})
 
     def notify(self, url: str, secret: str) -> str:
         """Let MLflow call an address whenever an alias of this registry is set or removed; the same address once.
@@ -235,6 +255,8 @@ class Registry:
     ) -> Version:
         """Log a trained model as a run with a candidate version; a model that is registered already is found again.
 
+        It does not become candidate again where a newer one is, or serves: that may have learned from its test days.
+
         Args:
             config: logged as parameters.
             card: its space, days and metrics.
@@ -246,8 +268,9 @@ class Registry:
 
         wanted = model_digest(files)
         if existing := self._find(wanted):
-            champion = self.by_alias(CHAMPION)
-            if REFUSED not in existing.tags and (champion is None or champion.number != existing.number):
+            aliased = [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
+            newest = max((int(one.number) for one in aliased), default=0)
+            if REFUSED not in existing.tags and int(existing.number) > newest:
                 self.point(CANDIDATE, existing)
             return existing
         experiment = self._experiment()

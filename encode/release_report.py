@@ -225,5 +225,6 @@ def to_markdown(gates: Sequence[Gate], candidate: Side, champion: Side | None, r
     lines += ["| gate | value | champion | limit |", "| --- | ---: | ---: | --- |"]
     lines += [f"| {gate.name} | {gate.value:.4g} | {_number(gate.champion)} | {gate.limit} |" for gate in gates]
     lines += ["", "| made of | candidate | champion |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {new} | {old} |".replace("\n", " ") for name, new, old in changes(candidate, champion)]
+    for row in changes(candidate, champion):
+        lines.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in row) + " |")
     return "\n".join(lines)

@@ -168,12 +168,15 @@ def parse_day(text: str, field: str) -> date:
     """Read `YYYY-MM-DD`.
 
     Raises:
-        ConfigError: names `field` and the text.
+        ConfigError: names `field` and the text. The first and the last day that there are need a day beside them.
     """
     try:
-        return date.fromisoformat(text.strip())
+        day = date.fromisoformat(text.strip())
     except ValueError:
         raise ConfigError(f"{field}: found {text!r}, expected a day as YYYY-MM-DD") from None
+    if not date.min < day < date.max:
+        raise ConfigError(f"{field}: found {text!r}, expected a day after {date.min} and before {date.max}")
+    return day
 
 
 def day_start(day: date) -> int:

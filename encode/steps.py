@@ -116,7 +116,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.interests.snapshots import write_space
     from encode.model.files import load_model
     from encode.model.reproducible import reproducible
-    from encode.registry import Registry
+    from encode.registry import CANDIDATE, Registry
     from encode.train import package, recipe_of
     from encode.train import train as fit
 
@@ -151,8 +151,16 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         say(f"model {made[:16]} is there already")
         files = read_files(storage, prefix, manifest)
         card, _ = load_model(files, f"{storage.uri}/{prefix}")
-    version = Registry(places, config.registry).register(config, card, files, inputs, prefix)
-    say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")
+    registry = Registry(places, config.registry)
+    version = registry.register(config, card, files, inputs, prefix)
+    candidate = registry.by_alias(CANDIDATE)
+    if candidate is None or candidate.number == version.number:
+        say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")
+    else:
+        say(
+            f"{config.registry.model_name} version {version.number} was registered before, so the candidate is still "
+            f"version {candidate.number}; let the alias `{CANDIDATE}` name it in MLflow if it is to be judged"
+        )
     return {
         "model": prefix,
         "version": version.number,
@@ -249,16 +257,16 @@ def release(
         config: its `release` section has the limits.
         places: where everything is.
         say: told about progress.
-        judged: what `judge` returned, and a person approved where that is asked for: exactly this is released. None
-            judges here and now.
+        judged: what `judge` returned: exactly this is released. None judges here and now.
         refused: why a person refuses what was judged; None does not.
-        approve: the version that a person approves. With `release.approval` nothing is released without it.
+        approve: the version that a person approves. Where approval is asked for nothing is released without it.
 
     Raises:
         QualityError: the candidate misses a gate, or is not what was judged or approved; the champion still serves.
         ArtifactError: the bundle cannot be loaded; the alias has not moved.
         TimeoutError: the alias has moved, but serving has not followed yet.
     """
+    from encode.errors import QualityError
     from encode.promotion import WAITING, approved, contest, publish
     from encode.promotion import judge as judge_candidate
     from encode.registry import Registry
@@ -270,6 +278,11 @@ def release(
             return refuse(config, places, judged["version"], refused, say)
         if "version" not in judged:
             return judged  # there was nothing to release
+        if judged["approval"] and approve != judged["version"]:
+            raise QualityError(
+                f"version {judged['version']}: judged, but approved by nobody; nothing was released. Approve it in a "
+                "new run"
+            )
         with loaded(registry, places, registry.by_number(judged["version"])) as bundle:
             return publish(places, registry, judged, bundle, say)
     found = contest(registry, say)
@@ -296,19 +309,26 @@ def refuse(config: Config, places: Places, version: str, reason: str, say: Say =
 
 
 def rollback(
-    config: Config, places: Places, say: Say = print, to: str | None = None, reason: str | None = None
+    config: Config,
+    places: Places,
+    say: Say = print,
+    to: str | None = None,
+    reason: str | None = None,
+    leaving: str | None = None,
 ) -> Summary:
     """Make the champion before this one, or another one before it, the champion again.
 
+    With `leaving`, the champion that is to be left, it may be tried again.
+
     Raises:
-        QualityError: there is none, or the version was never champion.
+        QualityError: there is none, or the version was never champion, or another one than `leaving` serves.
         ArtifactError: there is no such version.
-        TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it.
+        TimeoutError: the alias has moved, but serving has not followed yet; do not repeat it without `leaving`.
     """
     from encode.promotion import roll_back
     from encode.registry import Registry
 
-    return roll_back(places, Registry(places, config.registry), to, reason, say)
+    return roll_back(places, Registry(places, config.registry), to, reason, say, leaving)
 
 
 def erase(config: Config, places: Places, user_ids: Sequence[int], say: Say = print) -> Summary:
@@ -349,7 +369,7 @@ def remains(config: Config, places: Places, user_ids: Sequence[int], say: Say = 
 
 
 def prune(config: Config, places: Places, keep: int, days: int, dry_run: bool = False, say: Say = print) -> Summary:
-    """Remove old histories and snapshots that no pointer, alias or kept snapshot reaches.
+    """Remove old histories and snapshots that no pointer, alias or kept snapshot reaches, also in retired spaces.
 
     Args:
         config: names the log.
@@ -364,9 +384,10 @@ def prune(config: Config, places: Places, keep: int, days: int, dry_run: bool = 
         ArtifactError: a pointer or a manifest cannot be read, so what it reaches is not known.
     """
     from encode.interests.pruning import find_garbage, remove_garbage
+    from encode.registry import Registry
 
     storage = open_log(places, config.name)
-    garbage = find_garbage(storage, keep, days)
+    garbage = find_garbage(storage, Registry(places, config.registry).spaces_at_hand(), keep, days)
     for prefix in garbage.outputs:
         say(f"{'would remove' if dry_run else 'removing'} {prefix}")
     if not dry_run:

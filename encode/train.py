@@ -6,6 +6,7 @@ V vocabulary   P projected_dim   I impressions
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from datetime import date
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.nn import functional as F
 
 from encode.config import Config, ModelConfig, TrainingConfig
-from encode.data.histories import Histories, history_batch
+from encode.data.histories import Histories, to_batch
 from encode.data.impressions import Splits, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
 from encode.distributed import place, sum_arrays, sum_gradients
@@ -252,23 +254,32 @@ def recipe_of(config: Config, as_of: date, inputs: Mapping[str, str]) -> tuple[d
     return settings, recipe("model", settings, inputs, config.training.seed)
 
 
+def _made_up(histories: Histories, rng: np.random.Generator) -> pa.RecordBatch:
+    """Return histories as long as the longest, each behavior drawn from all users': a model holds nobody's history."""
+    lengths = np.sort(np.diff(histories.offsets))[-_MIRROR_USERS:]
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    rows = rng.integers(len(histories.item_ids), size=len(owner))
+    columns = [column[rows] for column in (histories.item_ids, histories.category_ids, histories.timestamps)]
+    order = np.lexsort((columns[1], columns[0], columns[2], owner))
+    return to_batch(np.arange(len(lengths)), np.append(0, np.cumsum(lengths)), [column[order] for column in columns])
+
+
 def package(trained: Trained, histories: Histories, as_of: date, config: Config) -> tuple[ModelCard, dict[str, bytes]]:
-    """Return a trained model as files, with a mirror test of the users with the longest histories and one unknown."""
-    space = trained.space
-    longest = np.sort(np.argsort(-np.diff(histories.offsets), kind="stable")[:_MIRROR_USERS])
-    rows = extract(history_batch(histories, longest), space)
+    """Return a trained model as files, with a mirror test of made-up users with long histories and one unknown."""
+    space, rng = trained.space, np.random.default_rng(0)
+    rows = extract(_made_up(histories, rng), space)
     users = [
         state_of({name: rows.column(name)[place] for name in rows.schema.names}, space) for place in range(len(rows))
     ]
     users.append(state_of(None, space))
-    targets = np.random.default_rng(0).integers(UNKNOWN, len(space.vocabulary), size=(len(users), _MIRROR_TARGETS))
+    targets = rng.integers(UNKNOWN, len(space.vocabulary), size=(len(users), _MIRROR_TARGETS))
     card = ModelCard(
         model=config.model,
         space=space.id,
         as_of=as_of,
         first_day=day_of(int(histories.timestamps.min())),
         test_days=config.training.test_days,
-        metrics=trained.metrics,
+        metrics={name: value for name, value in trained.metrics.items() if math.isfinite(value)},  # JSON has no NaN
     )
     files = model_files(card, trained.reader, space.items, users, torch.from_numpy(targets), trained.report)
     return card, files

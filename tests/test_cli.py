@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from encode.config import Places, RegistryConfig
+from encode.errors import ArtifactError
+from encode.quickstart import _told
+from encode.registry import Registry
+
 SMALL = Path(__file__).parent / "samples" / "small.yaml"
 
 
@@ -89,6 +94,12 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["trian"], 2, "invalid choice: 'trian'"),
         (["validate", "--start", "soon", "--workdir", "x"], 2, "start: found 'soon', expected a day"),
         (["validate", "--workdir", "x"], 2, "no days given"),
+        (["release", "--refuse", "", "--reason", "", "--workdir", "x"], 2, "argument --refuse: found nothing"),
+        (["release", "--refuse", "1", "--reason", " ", "--workdir", "x"], 2, "argument --reason: found nothing"),
+        (["release", "--approve", "", "--workdir", "x"], 2, "argument --approve: found nothing, expected a text"),
+        (["rollback", "--to", "", "--workdir", "x"], 2, "argument --to: found nothing"),
+        (["serve", "--port", "99999"], 2, "argument --port: found 99999, expected 0 to 65535"),
+        (["stack", "up", "--mlflow-port", "-1"], 2, "argument --mlflow-port: found -1, expected 0 to 65535"),
         (["train", "--as-of", "2024-01-01", "--workdir", "x"], 1, "no validated day before 2024-01-01; validate"),
         (["release", "--workdir", "x"], 0, ""),
         (["rollback", "--workdir", "x"], 1, "there is no champion"),
@@ -108,6 +119,28 @@ def test_a_users_mistake_gets_one_clear_line_and_no_traceback(tmp_path, argument
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", ["abc", "", "-1", "1.0", "²", "9" * 20])
+def test_what_is_no_number_of_a_version_is_refused(mlflow_server, number):
+    registry = Registry(Places(store="x", tracking_uri=mlflow_server), RegistryConfig())
+    with pytest.raises(ArtifactError, match=f"encode-ctr version {number}: expected a number"):
+        registry.by_number(number)
+
+
+@pytest.mark.parametrize(
+    ("result", "told"),
+    [
+        (
+            {"outcome": "released", "version": "2", "bundle": "b94", "served_by": "http://s", "gates": {}},
+            "released: version 2, bundle b94, served by http://s",
+        ),
+        ({"outcome": "refused", "version": "2", "reason": "rejected by ann: slow"}, "refused: version 2, reason rej"),
+        ({"outcome": "nothing to release", "approval": False}, "nothing to release"),
+    ],
+)
+def test_a_quickstart_tells_each_end_of_a_release(result, told):
+    assert _told("encode_release", result).startswith(told)
 
 
 def test_a_server_that_is_gone_is_named(tmp_path):

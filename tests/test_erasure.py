@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 from contextlib import suppress
 from datetime import date, timedelta
 
@@ -25,10 +27,11 @@ from encode.interests.refresh import refresh_interests
 from encode.interests.remains import describe, find_users
 from encode.interests.snapshots import folder_of, write_space
 from encode.outputs import MANIFEST, read_manifest, read_parts
-from encode.pointers import read_current
+from encode.pointers import POINTER, read_current
 from encode.schema import QUARANTINE, day_start
 from encode.serving.app import create_app
 from encode.serving.bundle import load_bundle
+from encode.serving.local_snapshot import fetch_snapshot, remove_files
 from encode.storage import FolderStorage, open_storage
 
 START = date(2024, 3, 1)
@@ -98,6 +101,33 @@ def test_the_running_service_answers_an_erased_user_as_unknown_before_the_next_s
     assert "encode_erased_users 2.0" in client.get("/metrics").text
     rows = {"dataframe_records": [{"user_id": 1, "item_id": 10}]}
     assert client.post("/invocations", json=rows).json()["fallbacks"]["unknown_users"] == [1]
+
+
+def test_an_erasure_does_not_wait_for_a_load_that_is_under_way(serving, monkeypatch, tmp_path):
+    _, storage = serving
+    registry = OneVersion()
+    registry.release("1", FILES, SPACE)
+    monkeypatch.setattr("encode.serving.follower.Registry", lambda *_: registry)
+    begun, go_on = threading.Event(), threading.Event()
+    places = Places(store=str(tmp_path / "store"), tracking_uri="not used")
+    with Client(create_app(places, RegistryConfig(), tmp_path / "second", seconds=0.05)) as client:
+        wait(client, lambda state: state["bundle"])
+
+        def load_slowly(*given):
+            begun.set()
+            go_on.wait(30)
+            return load_bundle(*given)
+
+        monkeypatch.setattr("encode.serving.follower.load_bundle", load_slowly)
+        refresh(storage, AS_OF + timedelta(days=1))
+        assert begun.wait(30)
+        erase_users(storage, [1])
+        for _ in range(600):
+            if unknown := score(client, 1)["fallbacks"]["unknown_user"]:
+                break
+            time.sleep(0.05)
+        go_on.set()
+    assert unknown
 
 
 def test_a_bundle_that_is_loaded_after_the_erasure_and_the_one_before_it_obey(serving):
@@ -254,12 +284,12 @@ def assert_reachable(storage, least):
 
 def test_old_outputs_go_and_what_is_reached_stays(grown):
     before = {folder: grown.list(f"{folder}/") for folder in (FOLDER, "interests")}
-    assert find_garbage(grown, 3, 30).keys == ()
-    garbage = find_garbage(grown, 3, 1)
+    assert find_garbage(grown, [SPACE.id], 3, 30).keys == ()
+    garbage = find_garbage(grown, [SPACE.id], 3, 1)
     assert {key.rpartition(".")[2] for key in garbage.keys} == {"json", "arrow", "npy"}
     remove_garbage(grown, garbage)
     assert_reachable(grown, 3)
-    assert find_garbage(grown, 3, 1).keys == ()
+    assert find_garbage(grown, [SPACE.id], 3, 1).keys == ()
     for folder, keys in before.items():
         left = grown.list(f"{folder}/")
         manifests = [key for key in left if key.endswith(f"/{MANIFEST}")]
@@ -276,7 +306,7 @@ def test_a_snapshot_that_is_current_stays_however_old_it_is_and_its_histories_wi
     manifest = read_manifest(grown, first)
     pointer = json.loads(data) | {"snapshot": first.rpartition("/")[2], "manifest": manifest.digest()}
     grown.put(f"{folder}/current.json", json.dumps(pointer).encode())
-    remove_garbage(grown, find_garbage(grown, 3, 1))
+    remove_garbage(grown, find_garbage(grown, [SPACE.id], 3, 1))
     read_parts(grown, first, read_manifest(grown, first).parts)
     made_of = manifest.details["histories"]
     read_parts(grown, made_of, read_manifest(grown, made_of).parts)
@@ -285,7 +315,7 @@ def test_a_snapshot_that_is_current_stays_however_old_it_is_and_its_histories_wi
 @pytest.mark.parametrize("after", [False, True])
 def test_dying_at_any_removal_leaves_all_that_is_reached_and_the_next_time_goes_on(grown, dying, after, tmp_path):
     dies, power_cut = dying
-    garbage = find_garbage(grown, 3, 1)
+    garbage = find_garbage(grown, [SPACE.id], 3, 1)
     root = tmp_path / "grown"
     expected = None
     for last in (*range(1, len(garbage.keys), 7), len(garbage.keys)):
@@ -298,7 +328,7 @@ def test_dying_at_any_removal_leaves_all_that_is_reached_and_the_next_time_goes_
         whole = [key.removesuffix(f"/{MANIFEST}") for key in storage.list("") if key.endswith(f"/{MANIFEST}")]
         for prefix in whole:  # what says that it is complete is so
             read_parts(storage, prefix, read_manifest(storage, prefix).parts)
-        remove_garbage(storage, find_garbage(storage, 3, 1))
+        remove_garbage(storage, find_garbage(storage, [SPACE.id], 3, 1))
         left = storage.list("")
         expected = expected or left
         assert left == expected
@@ -307,15 +337,11 @@ def test_dying_at_any_removal_leaves_all_that_is_reached_and_the_next_time_goes_
 
 def test_what_is_being_written_and_what_has_another_name_is_left_alone(grown):
     folder = folder_of(SPACE.id)
-    kept = [
-        f"{folder}/{day(7):%Y%m%d}-abc/part-000.arrow",
-        f"{folder}/notes/a",
-        "interests/new/20200101-a/part-000.arrow",
-    ]
+    kept = [f"{folder}/{day(7):%Y%m%d}-abc/part-000.arrow", f"{folder}/notes/a", "interests/new/notes/a"]
     gone = f"{folder}/{day(1):%Y%m%d}-abc/part-000.arrow"
     for key in (*kept, gone):
         grown.put(key, b"x")
-    garbage = find_garbage(grown, 3, 1)
+    garbage = find_garbage(grown, [SPACE.id], 3, 1)
     assert gone in garbage.keys
     assert not set(kept) & set(garbage.keys)
 
@@ -325,12 +351,63 @@ def test_pruning_lets_an_erased_user_go(grown, run):
     for number in range(7, 11):
         run(grown, number + 1)
     assert any(prefix.startswith("interests/") for prefix in find_users(grown, [24], TAOBAO))
-    remove_garbage(grown, find_garbage(grown, 3, 1))
+    remove_garbage(grown, find_garbage(grown, [SPACE.id], 3, 1))
     assert set(find_users(grown, [24], TAOBAO)) == {f"behaviors/dt={day(0)}"}
 
 
+def in_another_space(storage, name):
+    """Give a space the outputs that another has by now."""
+    folder = folder_of(name)
+    for key in storage.list(f"{folder_of(SPACE.id)}/"):
+        storage.put(key.replace(folder_of(SPACE.id), folder, 1), storage.get(key))
+    return folder
+
+
+def test_serving_keeps_no_file_with_an_erased_user_on_its_disk(grown, run, write_day, tmp_path):
+    """Files of earlier snapshots go on being used, one by one; those beside them, that are not, are removed."""
+    cache, folder = tmp_path / "cache", folder_of(SPACE.id)
+
+    def follow():
+        pointer, manifest = read_current(grown, folder)
+        snapshot = fetch_snapshot(grown, f"{folder}/{pointer.snapshot}", manifest, cache)
+        remove_files(cache, snapshot.keys)
+        on_disk = {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
+        assert on_disk == snapshot.keys
+        return {int(user) for key in on_disk for user in ids_in(cache / key)}
+
+    assert 24 in follow()
+    erase_users(grown, [24])
+    write_day(grown, day(7), draw(7, [3], 5))
+    run(grown, 8)
+    assert follow() == set(range(1, 24))
+
+
+def ids_in(path):
+    return pa.ipc.open_file(path).read_all().column("user_id").to_pylist()
+
+
+def test_pruning_lets_an_erased_user_go_from_spaces_that_are_not_refreshed_any_more(grown, run, dying):
+    retired = in_another_space(grown, "0123456789abcdef")
+    erase_users(grown, [24])
+    assert not any(key.startswith(f"{retired}/current") for key in find_garbage(grown, [SPACE.id], 3, 1).keys)
+    for number in range(7, 11):
+        run(grown, number + 1)
+    at_hand = find_garbage(grown, [SPACE.id, "0123456789abcdef"], 3, 1)
+    assert f"{retired}/{POINTER}" not in at_hand.keys
+    assert f"{retired}/{POINTER}" not in find_garbage(grown, [], 3, 1).keys, "a registry that names none is no reason"
+    garbage = find_garbage(grown, [SPACE.id], 3, 1)
+    assert garbage.keys[0] == f"{retired}/{POINTER}"
+    dies, power_cut = dying
+    with pytest.raises(power_cut):
+        remove_garbage(Removals(dies(grown, 2, True)), garbage)
+    remove_garbage(grown, find_garbage(grown, [SPACE.id], 3, 1))
+    assert grown.list(f"{retired}/") == []
+    assert set(find_users(grown, [24], TAOBAO)) == {f"behaviors/dt={day(0)}"}
+    assert_reachable(grown, 3)
+
+
 def test_after_pruning_a_refresh_goes_on_from_what_is_left(grown, run, write_day):
-    remove_garbage(grown, find_garbage(grown, 3, 1))
+    remove_garbage(grown, find_garbage(grown, [SPACE.id], 3, 1))
     write_day(grown, day(7), draw(7, [3], 5))
     run(grown, 8)
     _, manifest = read_current(grown, folder_of(SPACE.id))
@@ -341,15 +418,16 @@ def test_after_pruning_a_refresh_goes_on_from_what_is_left(grown, run, write_day
 def test_too_little_is_never_kept(grown):
     for keep, days in ((2, 7), (3, 0)):
         with pytest.raises(ConfigError, match="expected at least 3 snapshots and 1 day"):
-            find_garbage(grown, keep, days)
+            find_garbage(grown, [SPACE.id], keep, days)
 
 
 def test_a_pointer_that_cannot_be_read_stops_it(grown):
     grown.put(f"{FOLDER}/current.json", b"{")
     with pytest.raises(ArtifactError, match="not a pointer"):
-        find_garbage(grown, 3, 1)
+        find_garbage(grown, [SPACE.id], 3, 1)
 
 
+@pytest.mark.filterwarnings("ignore")  # of MLflow on SQLite
 def test_the_command_tries_first_and_then_removes(tmp_path, write_day, run, capsys):
     storage = FolderStorage(tmp_path / "work" / "store")
     write_space(storage, SPACE, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import date, timedelta
 
 import numpy as np
@@ -18,7 +19,7 @@ from encode.engines.local import LocalEngine
 from encode.errors import ArtifactError, ConfigError, DataError
 from encode.interests.refresh import refresh_interests
 from encode.interests.snapshots import folder_of, write_space
-from encode.lineage import Lineage
+from encode.lineage import Lineage, Node
 from encode.lineage_text import tree
 from encode.model.files import MODEL_FILES, model_digest
 from encode.model.space import Space, SpaceConfig
@@ -216,6 +217,40 @@ def test_a_partition_leads_to_everything_that_was_made_of_it(store, lineage, reg
     assert found(Lineage(store, registered).trace(f"behaviors/dt={day(0)}"), "models/m1").facts["served"] is False
 
 
+def replay(storage, number):
+    """What a replay adds to a day that was validated before."""
+    base = f"behaviors/dt={day(number)}"
+    made = read_manifest(storage, base)
+    return write_output(
+        storage,
+        f"{base}/replay-001",
+        {"part-00000.parquet": parquet_bytes(behaviors_of(number).slice(0, 5))},
+        kind="behaviors",
+        fingerprint="replayed",
+        config={},
+        inputs=dict(made.inputs) | {base: made.digest()},
+        counts={"rows": 5},
+        details={"adds_to": base},
+    )
+
+
+def test_what_a_replay_added_is_on_the_way_and_is_found_by_its_key(store, registered, tmp_path):
+    engine = LocalEngine(CONFIG, Places(store=str(tmp_path), scratch=tmp_path / "scratch"))
+    replay(store, 2)
+    refresh_interests(store, [SPACE.id], day(3), CONFIG, engine, lambda _: None)
+    raw, added, newest = f"raw/dt={day(2)}", f"behaviors/dt={day(2)}/replay-001", read_pointer(store, "histories")[0]
+    node = Lineage(store, registered).trace(raw)
+    assert [one.name for one in node.goes_into] == [added, f"behaviors/dt={day(2)}"]
+    assert names(node.goes_into[0], "histories") == {f"histories/{newest.snapshot}"}
+    node = Lineage(store, registered, verify=True).trace(added)
+    assert node.all_problems() == []
+    assert names(node, "raw") == {raw}
+    assert node.facts["served"] is True
+    lines = list(tree(Lineage(store, registered).trace(f"histories/{newest.snapshot}")))
+    assert sum("behaviors/dt=2024-03-01 .. dt=2024-03-03 (3 days)" in line for line in lines) == 1
+    assert sum(f"from {added}  5 rows" in line for line in lines) == 1
+
+
 def test_a_snapshot_is_found_by_name_key_and_uri(store, lineage):
     old, _ = snapshots(store)
     by_name, by_key, by_uri = (lineage.trace(what) for what in (old.rpartition("/")[2], old, f"{store.uri}/{old}/"))
@@ -307,11 +342,40 @@ def test_more_erased_users_are_told_and_are_no_problem(store, lineage, tmp_path,
     assert node.all_problems() == []
 
 
+class Counting:
+    """A store that counts how often each key is read."""
+
+    def __init__(self, storage):
+        self._storage, self.reads = storage, Counter()
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
+
+    def get(self, key):
+        self.reads[key] += 1
+        return self._storage.get(key)
+
+
+def test_what_several_were_made_from_is_read_and_checked_once(store, registered):
+    remove(store, f"behaviors/dt={day(0)}/part-00000.parquet")
+    counting = Counting(store)
+    node = Lineage(counting, registered, verify=True).of_score(score_of(store), "x")
+    shared = [one for one in every(node) if one.name == f"behaviors/dt={day(0)}"]
+    assert len(shared) == 3, "of histories, model and space"
+    assert all("not found" in one.problems[0] for one in shared)
+    assert counting.reads[f"behaviors/dt={day(0)}/part-00000.parquet"] == 1
+    assert counting.reads[f"behaviors/dt={day(1)}/part-00000.parquet"] == 1
+
+
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
         ("nonsense", ConfigError, "found 'nonsense', expected a score"),
         ("behaviors/dt=2031-01-01", ArtifactError, "not in the store, or unfinished"),
+        ("behaviors/dt=2024-03-01/replay-007", ArtifactError, "not in the store, or unfinished"),
+        (f"interests/{SPACE.id}/20310101-abcdef", ArtifactError, "not in the store, or unfinished"),
+        ("raw", ConfigError, "or any output by its key"),
+        ("raw/dt=", ArtifactError, "not in the store, or unfinished"),
         ("20310101-abcdef", ArtifactError, "has no snapshot 20310101-abcdef"),
         ("9", ArtifactError, "version 9: not in the registry"),
     ],
@@ -335,6 +399,15 @@ def test_days_that_say_the_same_are_one_line(store, lineage):
     assert sum("behaviors/dt=2024-03-01 .. dt=2024-03-02 (2 days)" in line for line in lines) == 2
     assert sum("raw/dt=2024-03-01 .. dt=2024-03-02 (2 days)" in line for line in lines) == 1
     assert lines[0].startswith("version 1  served, as of 2024-03-03, champion, ")
+
+
+def test_days_that_are_not_in_a_row_have_lines_of_their_own():
+    days = ("2024-02-28", "2024-02-29", "2024-03-01", "2024-03-03")
+    node = Node("histories", "histories/x", made_from=tuple(Node("behaviors", f"behaviors/dt={one}") for one in days))
+    assert [line.strip() for line in tree(node)][1:] == [
+        "from behaviors/dt=2024-02-28 .. dt=2024-03-01 (3 days)",
+        "from behaviors/dt=2024-03-03",
+    ]
 
 
 def test_a_day_with_a_problem_has_a_line_of_its_own(store, lineage):

@@ -1,17 +1,24 @@
 """Dry runs: what they say is what is done then, and they leave everything as it is."""
 
 import json
+import secrets
 import subprocess
 import sys
 from datetime import date, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from encode import plan, steps
-from encode.config import Places, load_config
+from encode.config import ClusteringConfig, Places, RegistryConfig, load_config
+from encode.data.vocabulary import Vocabulary
 from encode.errors import ArtifactError, ConfigError, DataError
-from encode.schema import Window, parse_day
+from encode.interests.snapshots import folder_of, write_space
+from encode.model.space import Space, SpaceConfig
+from encode.registry import CANDIDATE
+from encode.schema import Window, day_start, parse_day
+from encode.storage import open_log
 
 TINY = load_config("tiny")
 
@@ -90,6 +97,54 @@ def test_a_dry_run_of_training_counts_what_is_validated_before_the_day(landed):
     assert (found["days"], found["rows"]) == (2, sum(one["counts"]["rows"] for one in rows))
     assert not found["done"]
     assert files_of(folder) == before
+
+
+def make_space():
+    rng = np.random.default_rng(0)
+    vocabulary = Vocabulary(np.arange(1, 5), np.arange(1, 41), 1 + np.arange(40) % 4)
+    embedding = rng.normal(size=(len(vocabulary), 6)).astype(np.float32)
+    key = embedding[:, :4] / np.linalg.norm(embedding[:, :4], axis=1, keepdims=True)
+    config = SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 5, 50)
+    return Space(config, vocabulary, embedding, key, np.zeros((6, 4), np.float32), 8.0)
+
+
+@pytest.fixture
+def trained(tmp_path, write_day, mlflow_server):
+    """A store with one validated day, and a candidate in MLflow whose space it holds."""
+    import mlflow
+
+    places = Places(store=str(tmp_path / "store"), tracking_uri=mlflow_server)
+    config = TINY.model_copy(update={"registry": RegistryConfig(model_name=f"plan-{secrets.token_hex(4)}")})
+    first, space = date(2024, 3, 1), make_space()
+    storage = open_log(places, TINY.name)
+    write_space(storage, space, {})
+    rows = [[user, 1 + (user * place) % 40, 1, day_start(first) + place] for user in range(1, 9) for place in range(20)]
+    write_day(storage, first, rows)
+    client, name = mlflow.MlflowClient(mlflow_server, mlflow_server), config.registry.model_name
+    client.create_registered_model(name)
+    made = client.create_model_version(name, "s3://models/m", tags={"encode.space": space.id})
+    client.set_registered_model_alias(name, CANDIDATE, made.version)
+    return config, places, first + timedelta(days=1), folder_of(space.id)
+
+
+def test_a_dry_run_of_a_refresh_says_what_is_made_anew(trained):
+    base, places, as_of, interests = trained
+    store = Path(places.store)
+    for changes, writes in (
+        ({}, ["histories", interests]),
+        ({}, []),
+        ({"kmeans": "torch"}, [interests]),
+        ({"kmeans": "torch", "min_buckets": 8}, ["histories", interests]),
+        ({"kmeans": "torch", "min_buckets": 4}, []),
+    ):
+        config = base.model_copy(update={"refresh": base.refresh.model_copy(update=changes)})
+        before = files_of(store)
+        assert plan.refresh(config, places, as_of, quiet)["writes"] == writes, changes
+        assert files_of(store) == before
+        steps.refresh(config, places, as_of, quiet)
+        made = files_of(store).keys() - before.keys()
+        folders = {next(one for one in (interests, "histories") if name.startswith(f"{one}/")) for name in made}
+        assert folders == set(writes), changes
 
 
 def test_the_command_line_has_dry_runs_too(landed):

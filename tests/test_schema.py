@@ -41,6 +41,8 @@ def test_without_days_it_fails_and_never_asks_the_clock(interval):
     ("start", "end", "message"),
     [
         ("2024-13-01", None, "start: found '2024-13-01', expected a day"),
+        ("9999-12-31", None, "start: found '9999-12-31', expected a day after 0001-01-01 and before 9999-12-31"),
+        (None, "0001-01-01", "end: found '0001-01-01', expected a day after"),
         ("2024-01-05", "2024-01-05", "start 2024-01-05 is not before end 2024-01-05"),
     ],
 )

@@ -11,15 +11,19 @@ from datetime import date
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
+from safetensors.numpy import load
 
 from encode import plan, steps
 from encode.config import Places, load_config
+from encode.data.histories import read_histories
 from encode.errors import ArtifactError, ConfigError, QualityError
+from encode.interests.snapshots import read_space
 from encode.outputs import MANIFEST
 from encode.registry import CANDIDATE, CHAMPION, REFUSED, REPORT, Registry
-from encode.schema import Window
+from encode.schema import UNKNOWN, Window
 from encode.serving.app import create_app
 from encode.stack.ports import free_port
 from encode.storage import open_storage
@@ -150,6 +154,20 @@ def test_the_report_is_with_the_run(config, released):
     assert release["gates"]["parity"] < 1e-5, "what the snapshot's maker and the engine give is what was measured"
 
 
+def test_a_model_holds_nobodys_history(config, released):
+    """Its mirror test is of made-up users, who are as long as the longest."""
+    storage = open_storage(released["places"])
+    registry = Registry(released["places"], config.registry)
+    mirror = load(registry.files(registry.by_number(released["train"]["version"]))["mirror.safetensors"])
+    histories, _ = read_histories(storage, WINDOW.end)
+    vocabulary = read_space(storage, released["train"]["space"]).vocabulary
+    index = vocabulary.index(histories.item_ids, histories.category_ids)
+    known = [np.unique(one[one > UNKNOWN]) for one in np.split(index, histories.offsets[1:-1])]
+    held = [item[times > 0] for item, times in zip(mirror["item"], mirror["times"], strict=True)]
+    assert [len(one) > 50 for one in held] == [True] * 4 + [False], "the last one is unknown"
+    assert not any(np.array_equal(one, other) for one in held[:4] for other in known)
+
+
 def test_serving_has_loaded_exactly_the_released_bundle(released):
     state = httpx.get(f"{released['places'].serving_url}/v1/release").json()
     assert state["bundle"]["id"] == released["release"]["bundle"]
@@ -263,6 +281,7 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     )
     third = steps.train(lenient, places, WINDOW.end, quiet)
     steps.refresh(lenient, places, WINDOW.end, quiet)
+    said = []
     planned = plan.release(lenient, places, quiet)
     assert (planned["outcome"], planned["version"]) == ("to be judged", third["version"])
     assert (planned["champion"], planned["approval"]) == (first["version"], True)
@@ -274,17 +293,26 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     assert judged["approval"]
     assert "| auc_over_champion |" in judged["body"]
     with pytest.raises(QualityError, match=r"snapshot was yesterday, is .*; nothing was released"):
-        steps.release(lenient, places, quiet, judged=judged | {"snapshot": "yesterday"})
+        steps.release(lenient, places, quiet, judged=judged | {"snapshot": "yesterday"}, approve=third["version"])
     registry.point(CANDIDATE, registry.by_number(second["version"]))
     with pytest.raises(QualityError, match=f"candidate was {third['version']}, is {second['version']};.* was refused"):
-        steps.release(lenient, places, quiet, judged=judged)
+        steps.release(lenient, places, quiet, judged=judged, approve=third["version"])
     assert registry.by_alias(CHAMPION).number == first["version"]
     registry.point(CANDIDATE, registry.by_number(third["version"]))
-    release = steps.release(lenient, places, quiet, judged=judged)
+    with pytest.raises(QualityError, match="approved by nobody; nothing was released"):
+        steps.release(lenient, places, quiet, judged=judged)
+    release = steps.release(lenient, places, quiet, judged=judged, approve=third["version"])
     assert (release["outcome"], release["version"]) == ("released", third["version"])
     assert release["gates"] == judged["gates"]
     assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == release["bundle"]
-    assert steps.release(lenient, places, quiet, judged=judged) == release, "a second try changes nothing"
+    again = steps.release(lenient, places, quiet, judged=judged, approve=third["version"])
+    assert again == release, "a second try changes nothing"
+
+    assert steps.train(config, places, WINDOW.end, said.append)["version"] == first["version"], "registered before"
+    assert f"the candidate is still version {third['version']}" in said[-1]
+    assert registry.by_alias(CANDIDATE).number == third["version"]
+    late = {"outcome": "serving brought up to date", "approval": False, "version": first["version"]}
+    assert steps.release(config, places, quiet, judged=late)["outcome"] == "nothing to release"
 
     with pytest.raises(ConfigError, match="is the champion: it serves; roll back"):
         steps.refuse(lenient, places, third["version"], "slow", quiet)
@@ -294,14 +322,25 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
         steps.rollback(lenient, places, quiet, to=second["version"])
     with pytest.raises(QualityError, match="is the champion; it serves already"):
         steps.rollback(lenient, places, quiet, to=third["version"])
-    said = []
     planned = plan.rollback(lenient, places, said.append, reason="rehearsal")
     assert (planned["from"], planned["version"]) == (third["version"], first["version"])
     assert planned["snapshot"] == released["refresh"]["snapshots"][released["train"]["space"]]
     assert f"version {third['version']} as refused: {planned['note']}" in said[-1]
     assert registry.by_alias(CHAMPION).number == third["version"], "a dry run moves nothing"
     assert REFUSED not in registry.by_number(third["version"]).tags
-    back = steps.rollback(lenient, places, said.append, reason="rehearsal")
+    with pytest.raises(
+        QualityError, match=f"version 99 was to be left, but version {third['version']} is the champion"
+    ):
+        steps.rollback(lenient, places, quiet, leaving="99")
+    # As in Airflow: what was chosen may be tried again, here after serving could not be asked.
+    chosen = {"to": planned["version"], "leaving": planned["from"]}
+    away = places.model_copy(update={"serving_url": f"http://127.0.0.1:{free_port(())}"})
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match=r"cannot be asked: ConnectError.*The alias has moved.*do not roll back"):
+            steps.rollback(lenient, away, quiet, reason="rehearsal", **chosen)
+        assert registry.by_alias(CHAMPION).number == first["version"]
+    back = steps.rollback(lenient, places, said.append, reason="rehearsal", **chosen)
+    assert (back["from"], back["version"]) == (third["version"], first["version"])
     assert (back["version"], back["bundle"]) == (first["version"], first["bundle"])
     assert httpx.get(f"{places.serving_url}/v1/release").json()["bundle"]["id"] == first["bundle"]
     assert (
@@ -322,6 +361,35 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     assert forward["bundle"] == release["bundle"]
     assert REFUSED not in registry.by_number(third["version"]).tags
     assert steps.rollback(lenient, places, quiet)["bundle"] == first["bundle"]
+
+
+def test_before_there_is_a_champion_a_limit_may_be_mended_but_what_a_person_refuses_is_refused(
+    config, released, monkeypatch
+):
+    """Under another name in the registry: the model is there already, so that nothing is trained."""
+    names = config.registry.model_copy(update={"model_name": f"ctr-{secrets.token_hex(4)}"})
+    places = released["places"].model_copy(update={"serving_url": None})
+    mended = config.model_copy(update={"registry": names})
+    wrong = mended.model_copy(update={"release": config.release.model_copy(update={"min_auc": 0.9999})})
+    registry, number = Registry(places, names), steps.train(mended, places, WINDOW.end, quiet)["version"]
+    with pytest.raises(QualityError, match=r"misses its gates: auc .*there is no champion yet, nothing serves"):
+        steps.release(wrong, places, quiet)
+    steps.refuse(mended, places, number, "a person says no", quiet)
+    said = []
+    assert steps.release(mended, places, said.append)["outcome"] == "nothing to release"
+    assert said[-1].endswith("was refused before: a person says no")
+
+    registry.untag(registry.by_number(number), REFUSED)
+    with pytest.raises(QualityError):
+        steps.release(wrong, places, quiet)
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "point", lambda *_: (_ for _ in ()).throw(ConnectionError("MLflow is away")))
+        with pytest.raises(ConnectionError):
+            steps.release(mended, places, quiet)
+    assert registry.released() == [], "what never served cannot be rolled back to"
+    assert REFUSED not in registry.by_number(number).tags
+    released = steps.release(mended, places, quiet)
+    assert (released["outcome"], registry.released()) == ("released", [number])
 
 
 def test_every_output_in_the_store_is_complete(released):

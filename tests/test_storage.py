@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from encode import outputs
 from encode.config import Places
 from encode.errors import ArtifactError, ConfigError
 from encode.outputs import read_manifest, read_part, read_parts, read_range, read_referenced, recipe, write_output
@@ -360,6 +361,24 @@ def test_two_writers_of_the_same_output_both_succeed(storage):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: write(storage), range(8)))
     assert {manifest.digest() for manifest in found} == {read_manifest(storage, "out/a").digest()}
+
+
+def test_who_is_late_with_other_bytes_damages_nothing(storage, monkeypatch):
+    """It has seen no manifest, and then writes its files while the other one completes the output."""
+    looked = outputs.read_manifest
+    first_look = iter([None])
+    monkeypatch.setattr(outputs, "read_manifest", lambda *given: next(first_look, looked(*given)))
+    manifest = write(storage, parts={"one.bin": b"first"})
+    first_look = iter([None])
+    with pytest.raises(ArtifactError, match=r"already complete with another content \(differs in one\.bin\)"):
+        write(storage, parts={"one.bin": b"other"})
+    assert read_parts(storage, "out/a", manifest.parts) == [b"first"]
+
+
+def test_what_a_killed_try_has_left_is_written_over(storage):
+    storage.put("out/a/one.bin", b"half")
+    manifest = write(storage, parts={"one.bin": b"first"})
+    assert read_parts(storage, "out/a", manifest.parts) == [b"first"]
 
 
 def test_a_damaged_part_is_named_with_its_remedy(storage):

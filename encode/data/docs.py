@@ -23,7 +23,7 @@ from encode.storage import Storage
 _NUM_THREADS = 8
 _NUM_EXAMPLES = 3
 _MAX_PAGES = 100
-"""Pages that are fetched for the links of the index, the newest."""
+"""Pages that are fetched for the links of the index, the newest; that of the day that is asked for comes on top."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def write_docs(
     if not seen:
         raise ArtifactError(f"{storage.uri}/quarantine: no day was validated {f'in {window}' if window else 'yet'}")
     folder.mkdir(parents=True, exist_ok=True)
-    pages = [one for one in seen if one.refusal or one.warnings or one.day == day][-_MAX_PAGES:]
+    pages = [one for one in seen if one.refusal or one.warnings][-_MAX_PAGES:]
+    pages += [one for one in seen if one.day == day and one not in pages]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         list(pool.map(lambda one: _fetch(storage, one, "index.html", folder / _page(one)), pages))
     lines = [_line(storage, one, linked=one in pages) for one in seen]

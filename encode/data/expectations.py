@@ -32,8 +32,10 @@ from encode.schema import SECONDS_PER_DAY, day_start
 
 _MEASURE = "expect_measure_to_be_between"
 _FROM_ELSEWHERE = re.compile(
-    r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\([^)]*\)[^;]*;", re.DOTALL
+    r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\('[^']*'\)[^;]*;",
+    re.DOTALL,
 )
+_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 _STYLE = """<style>
 body{font:14px/1.5 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}h4,h5,h6{margin:.4rem 0}
 table{border-collapse:collapse;margin:.5rem 0}
@@ -62,7 +64,7 @@ class Judgment:
     result: bytes
     """JSON."""
     page: bytes
-    """HTML, complete in itself: it loads nothing from elsewhere."""
+    """HTML, complete in itself: it loads nothing from elsewhere, and runs nothing."""
 
 
 def judge_day(
@@ -189,8 +191,21 @@ def _batch_definition() -> Any:
 
 @cache
 def _view() -> Any:
-    """Return what makes HTML of a result; it keeps its compiled templates."""
-    return _import("great_expectations.render.view").DefaultJinjaPageView()
+    """Return what makes HTML of a result; it keeps its compiled templates.
+
+    Great Expectations escapes the parameters of its sentences and nothing else: a text that is a whole cell, as a
+    value of the log is, would be markup.
+    """
+    view = _import("great_expectations.render.view").DefaultJinjaPageView()
+    render = view.render_content_block
+
+    def render_escaped(context: Any, block: Any, **settings: Any) -> Any:
+        if isinstance(block, list):
+            block = [escape(one) if isinstance(one, str) else one for one in block]
+        return escape(block) if isinstance(block, str) else render(context, block, **settings)
+
+    view.env.filters["render_content_block"] = _import("jinja2").pass_context(render_escaped)
+    return view
 
 
 def _validate(day: date, frame: Any, config: ValidationConfig, measures: Sequence[Measure]) -> Any:
@@ -267,6 +282,6 @@ def _render(day: date, result: Any, tables: str, *, published: bool) -> bytes:
     result.results = [one for one in result.results if one.expectation_config.type != _MEASURE]
     result.success = published
     html: str = _view().render(renderer.render(result))
-    html = _FROM_ELSEWHERE.sub("", html).replace("</head>", _STYLE + "</head>", 1)
-    html = html.replace("<body>", "<body>" + tables, 1)
+    html = _FROM_ELSEWHERE.sub("", html).replace("<head>", "<head>" + _POLICY, 1)
+    html = html.replace("</head>", _STYLE + "</head>", 1).replace("<body>", "<body>" + tables, 1)
     return re.sub(r"\s*\n\s*", "\n", html).encode()

@@ -132,7 +132,7 @@ def group_histories(
     wanted = wanted_histories(storage, as_of)
     pointer, manifest = read_base(storage, FOLDER, say)
     base = Grouped(pointer.snapshot, manifest) if pointer and manifest else None
-    if base is not None and (reason := _obsolete(base, wanted, config)):
+    if base is not None and (reason := obsolete(base, wanted, config)):
         say(f"histories: {reason}; grouping all behaviors anew")
         base = None
     if base is not None and base.manifest.details.items() >= wanted.details().items():
@@ -202,7 +202,7 @@ def folds(files: Sequence[Part], config: RefreshConfig) -> bool:
     return len(files) > config.max_deltas or sum(p.bytes for p in files[1:]) > config.max_delta_share * files[0].bytes
 
 
-def _obsolete(base: Grouped, wanted: Wanted, config: RefreshConfig) -> str | None:
+def obsolete(base: Grouped, wanted: Wanted, config: RefreshConfig) -> str | None:
     """Return why nothing can be added to `base`, or None."""
     if base.as_of > wanted.as_of:
         return f"those at hand are of {base.as_of}, a later day"

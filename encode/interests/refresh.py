@@ -67,7 +67,7 @@ def _refresh_space(
 ) -> Pointer:
     folder = folder_of(space_id)
     pointer, manifest = read_base(storage, folder, say)
-    base = _base(storage, pointer, manifest, grouped, config) if pointer and manifest else None
+    base = base_of(storage, pointer, manifest, grouped, config)
     if pointer and base and base.histories.prefix == grouped.prefix:
         say(f"space {space_id}: snapshot {pointer.snapshot} is there already")
         return pointer
@@ -91,13 +91,22 @@ def _drifted(manifest: Manifest, config: RefreshConfig) -> str | None:
     return None if drift is None or drift <= config.max_drift else f"drift {drift:.2%} is above {config.max_drift:.2%}"
 
 
-def _base(
-    storage: Storage, pointer: Pointer, manifest: Manifest, grouped: Grouped, config: RefreshConfig
+def base_of(
+    storage: Storage, pointer: Pointer | None, manifest: Manifest | None, grouped: Grouped, config: RefreshConfig
 ) -> Base | None:
     """Return what can be built on, or None if its histories are gone, of a later day, or bucketed otherwise.
 
     Nor is built on what another kind of k-means has made.
+
+    Args:
+        storage: where it is.
+        pointer: of the space, from `pointers.read_base`, as the manifest; None where there is none.
+        manifest: of the snapshot that the pointer names.
+        grouped: the histories that interests are to be made of. Where they are the base's, nothing is to be done.
+        config: what clusters.
     """
+    if pointer is None or manifest is None:
+        return None
     prefix = str(manifest.details.get("histories", ""))
     made = read_manifest(storage, prefix) if prefix else None
     if made is None or pointer.as_of > grouped.as_of or manifest.config.get("kmeans") != config.kmeans:

@@ -141,6 +141,7 @@ def render(
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<style>{STYLE}</style></head><body><main>"
         f"<h1>{escape(title)}</h1><p>Interests of all users in space <code>{escape(space_id)}</code>, "
         f"nothing of {as_of} or later used.</p>{''.join(sections)}</main></body></html>\n"

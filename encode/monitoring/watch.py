@@ -136,13 +136,15 @@ class Watch:
         return None
 
     def _active_users(self) -> Any:
-        """Return the users of the newest validated day, of its first file."""
+        """Return the users of the newest validated day, of its first file and that of each replay."""
         end = self._newest("behaviors")
         if end is None:
             return None
-        ((prefix, manifest),) = validated_days(self.storage, end, end - timedelta(1)).items()
-        with pq.ParquetFile(pa.BufferReader(read_part(self.storage, prefix, manifest.parts[0]))) as file:
-            return file.read(["user_id"], use_threads=False)["user_id"].to_numpy()
+        users = []
+        for prefix, manifest in validated_days(self.storage, end, end - timedelta(1)).items():
+            with pq.ParquetFile(pa.BufferReader(read_part(self.storage, prefix, manifest.parts[0]))) as file:
+                users.append(file.read(["user_id"], use_threads=False)["user_id"].to_numpy())
+        return np.concatenate(users)
 
     def skew(self, days: int, config: TrainingConfig) -> dict[str, Any]:
         """Score the behaviors of the newest days, and those of the model's own test days, and compare.

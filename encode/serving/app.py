@@ -56,9 +56,18 @@ def create_app(
         webhook_secret: by which MLflow signs; without it no webhook is taken.
     """
     metrics, work, rollout = Metrics(), Work(), rollout or Rollout()
-    follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused)
+    follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused, metrics.withdrawn)
     scorer = Scorer(follower, rollout, metrics, max_age_days, now)
-    metrics.registry.register(State(follower.in_use, scorer.is_ready, work, now, lambda: len(follower.erased)))
+    metrics.registry.register(
+        State(
+            follower.in_use,
+            scorer.is_ready,
+            work,
+            now,
+            erased=lambda: len(follower.erased),
+            failed=lambda: follower.error is not None,
+        )
+    )
 
     open_paths = OPEN_PATHS | ({webhook.PATH} if webhook_secret else set())
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from encode.config import Places, RegistryConfig
 from encode.data.erasures import erased_users
-from encode.errors import ArtifactError, EncodeError, QualityError
+from encode.errors import ArtifactError, EncodeError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
 from encode.registry import CHAMPION, REFUSED, Registry
 from encode.serving.bundle import Bundle, Chain, Scored, load_bundle
-from encode.serving.local_snapshot import remove_snapshots
+from encode.serving.local_snapshot import remove_files
 from encode.serving.rollout import Role, Rollout, Watch
 from encode.serving.trial import Asked, Recorder, timed, try_bundle
 from encode.storage import Storage, open_storage
@@ -38,6 +39,7 @@ class Follower:
         seconds: float,
         rollout: Rollout | None = None,
         on_refused: Callable[[Exception], None] = lambda _: None,
+        on_withdrawn: Callable[[Role], None] = lambda _: None,
     ) -> None:
         """Prepare; `start` begins to follow.
 
@@ -47,7 +49,8 @@ class Follower:
             cache: folder for fetched snapshots.
             seconds: between looks when nobody asks for one.
             rollout: whom to hold, whether there is a challenger, and what is too slow.
-            on_refused: told of each look that failed, and of each bundle that was withdrawn.
+            on_refused: told of each look that failed.
+            on_withdrawn: told what each bundle was that was withdrawn.
         """
         self.bundle: Bundle | None = None
         """The champion, which serves."""
@@ -64,17 +67,21 @@ class Follower:
         """Users who are unknown to every bundle at hand."""
         self.recorder = Recorder()
         self._places, self._config, self._cache, self._seconds = places, config, cache, seconds
-        self._rollout, self._on_refused = rollout or Rollout(), on_refused
+        self._rollout = rollout or Rollout()
+        self._on_refused, self._on_withdrawn = on_refused, on_withdrawn
         self._registry: Registry | None = None
         self._storage: Storage | None = None
         self._watches: dict[str, Watch] = {}
         self._swap = threading.Lock()
-        self._wake, self._stopping = threading.Event(), False
+        self._wake, self._stopping = threading.Event(), threading.Event()
+        self._obeying = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._eraser = threading.Thread(target=self._follow_erasures, name="eraser", daemon=True)
 
     def start(self) -> None:
         """Begin to follow."""
         self._thread.start()
+        self._eraser.start()
 
     def in_use(self) -> dict[Role, Bundle]:
         """Return what answers requests, by its role."""
@@ -93,14 +100,14 @@ class Follower:
 
     def stop(self) -> bool:
         """Stop following; the bundles stay. Return whether a load that is under way goes on."""
-        self._stopping = True
+        self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(_STOP_SECONDS)
         return self._thread.is_alive()
 
     def _follow(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._wake.clear()
             before, problem = self.error, None
             try:
@@ -112,6 +119,13 @@ class Follower:
             if problem and problem != before:
                 _LOG.warning("not following: %s", problem)
             self._wake.wait(self._seconds)
+
+    def _follow_erasures(self) -> None:
+        """Obey the list also while a load is under way, which may take minutes. What fails here, `look` says."""
+        while not self._stopping.wait(self._seconds):
+            if self._storage is not None:
+                with suppress(Exception):
+                    self._obey_erasures(self._storage)
 
     def look(self) -> None:
         """Obey the list of erased users, and load what aliases and pointers name now, if it is not at hand.
@@ -167,16 +181,17 @@ class Follower:
             if instead is None or instead.model_version != bundle.model_version:
                 self.withdrawn[bundle.model_version] = why
         self.error = f"bundle {bundle.id} of model version {bundle.model_version} was withdrawn: {why}"
-        self._on_refused(QualityError(self.error))
+        self._on_withdrawn("champion" if instead is not None else "challenger")
         _LOG.error("%s", self.error)
 
     def _obey_erasures(self, storage: Storage) -> None:
-        erased = frozenset(erased_users(storage).tolist())
-        for one in self._held():
-            one.snapshot.erased = erased
-        if erased != self.erased:
-            _LOG.info("%d erased users are answered as unknown", len(erased))
-        self.erased = erased
+        with self._obeying:
+            erased = frozenset(erased_users(storage).tolist())
+            for one in self._held():
+                one.snapshot.erased = erased
+            if erased != self.erased:
+                _LOG.info("%d erased users are answered as unknown", len(erased))
+            self.erased = erased
 
     def _look_for_champion(self) -> None:
         champion = self._bring(CHAMPION)
@@ -235,4 +250,4 @@ class Follower:
         """Let go of what no bundle at hand needs."""
         held = self._held()
         self._watches = {one.id: self._watches.setdefault(one.id, Watch()) for one in held}
-        remove_snapshots(self._cache, set().union(*(one.snapshot.prefixes for one in held)))
+        remove_files(self._cache, set().union(*(one.snapshot.keys for one in held)))

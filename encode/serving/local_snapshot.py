@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -78,15 +77,16 @@ class LocalSnapshot:
         """
         self.num_users = int(manifest.counts["users"])
         """Of all shards."""
-        self.prefixes = {part.at or prefix for part in manifest.parts}
-        """The snapshots whose files this one consists of."""
         self.shard = shard
         self.erased: Set[int] = frozenset()
         """Users who are not found whatever the files hold; replaced as a whole while requests are answered."""
         self._num_buckets = num_buckets_of(manifest, prefix)
         # Files of a bucket are listed oldest first; what the newest says of a user holds.
+        parts = parts_of(manifest, prefix, shard)
+        self.keys = {part.key(prefix) for part in parts}
+        """Of the files that it consists of, some of them of earlier snapshots."""
         self._buckets: dict[str, list[_MappedPart]] = {}
-        for part in reversed(parts_of(manifest, prefix, shard)):
+        for part in reversed(parts):
             self._buckets.setdefault(part.name, []).append(_MappedPart(cache / part.key(prefix)))
 
     def shard_of(self, user_id: int) -> Shard:
@@ -152,11 +152,14 @@ class _MappedPart:
         return {name: batch.column(name)[row - int(self._starts[place])] for name in batch.schema.names}
 
 
-def remove_snapshots(cache: Path, kept: set[str]) -> None:
-    """Remove all fetched files but those at the given prefixes; what is mapped stays readable until it is let go."""
+def remove_files(cache: Path, kept: set[str]) -> None:
+    """Remove all fetched files but those of the given keys; what is mapped stays readable until it is let go."""
     for folder in cache.glob("interests/*/*"):
-        if folder.relative_to(cache).as_posix() not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir():
+            if path.relative_to(cache).as_posix() not in kept:
+                path.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def num_buckets_of(manifest: Manifest, prefix: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, time
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -32,13 +33,19 @@ class Metrics:
         self._requests = self._counter("requests", "Requests answered; 499: the client went away.", "route", "status")
         self._fallbacks = self._counter("fallbacks", "What had to be assumed; unknown_item counts items.", "kind")
         self._shed = self._counter("shed_requests", "Requests told to come back: too many were at work.")
-        self._refused = self._counter("loads_refused", "Releases not taken or withdrawn, by kind of error.", "kind")
+        self._refused = self._counter("loads_refused", "Looks for a release that failed, by kind of error.", "kind")
+        self._withdrawn = self._counter("bundles_withdrawn", "Bundles that did badly, by what they were.", "role")
         self._shadowed = self._counter("shadow_requests", "Requests for the challenger to score, too.", "outcome")
         self._apart = self._histogram(
             "shadow_difference", "Mean difference of a request's probabilities from the champion's.", DIFFERENCES
         )
+        # At 0 from the start: of a series that begins with its first count, increase() does not see that count.
         for kind in ("unknown_user", "unknown_item", "stale_snapshot"):
             self._fallbacks.labels(kind)
+        for role in get_args(Role):
+            self._withdrawn.labels(role)
+        for outcome in ("scored", "failed", "dropped"):
+            self._shadowed.labels(outcome)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -63,8 +70,12 @@ class Metrics:
         self._shed.inc()
 
     def load_refused(self, error: Exception) -> None:
-        """Count a look for a release that failed, or a bundle that was withdrawn."""
+        """Count a look for a release that failed."""
         self._refused.labels(type(error).__name__).inc()
+
+    def withdrawn(self, role: Role) -> None:
+        """Count a bundle that was withdrawn."""
+        self._withdrawn.labels(role).inc()
 
     def shadowed(self, outcome: str, apart: float | None = None) -> None:
         """Count a request of the shadow: scored, with its mean difference, failed or dropped."""
@@ -97,14 +108,17 @@ class State(Collector):
         work: Work,
         now: Callable[[], datetime],
         erased: Callable[[], int],
+        failed: Callable[[], bool],
     ) -> None:
-        self._in_use, self._ready, self._work, self._now, self._erased = in_use, ready, work, now, erased
+        self._in_use, self._ready, self._work, self._now = in_use, ready, work, now
+        self._erased, self._failed = erased, failed
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("encode_ready", "1 if requests should be sent here.", float(self._ready()))
         for name, text, value in (
             ("requests_at_work", "Requests at work or waiting now.", self._work.count),
             ("arriving_bytes", "Of bodies that are not complete.", self._work.arrived),
+            ("look_failed", "1 if the newest look for a release failed.", self._failed()),
             ("erased_users", "Users on the list of those who are answered as unknown.", self._erased()),
         ):
             yield GaugeMetricFamily(f"encode_{name}", text, float(value))

@@ -28,7 +28,8 @@ class ScoringModel(PythonModel):  # type: ignore[misc]
         """Load the bundle: model files from the artifact, space and snapshot from the store.
 
         The store is ENCODE_STORE, else the one that the model was registered with; credentials come from the
-        environment, as for any S3 client. ENCODE_CACHE keeps fetched snapshots between loads.
+        environment, as for any S3 client. Fetched files are mapped and have no name any more: what holds users goes
+        with the process.
         """
         settings = dict(context.model_config or {})
         defaults = {
@@ -38,8 +39,8 @@ class ScoringModel(PythonModel):  # type: ignore[misc]
         places = Places.from_environment({name: value for name, value in defaults.items() if value} | dict(os.environ))
         folder = Path(context.artifacts["model"])
         files = {name: (folder / name).read_bytes() for name in MODEL_FILES}
-        cache = os.environ.get("ENCODE_CACHE") or tempfile.mkdtemp(prefix="encode-")
-        self.bundle: Bundle = load_bundle(open_storage(places, writing=False), files, "pyfunc", Path(cache))
+        with tempfile.TemporaryDirectory(prefix="encode-") as cache:
+            self.bundle: Bundle = load_bundle(open_storage(places, writing=False), files, "pyfunc", Path(cache))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

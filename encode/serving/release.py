@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from encode.config import Places
+from encode.interests.snapshots import folder_of
+from encode.pointers import read_pointer
 from encode.registry import Registry, Version
 from encode.serving.bundle import Bundle, load_bundle
 from encode.serving.client import connect
@@ -27,7 +29,7 @@ def loaded(registry: Registry, places: Places, version: Version) -> Iterator[Bun
 def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again: bool = False) -> str:
     """Ask serving to look at the registry now, and wait until it serves exactly this bundle.
 
-    A newer snapshot of the same model version, published meanwhile, is as good.
+    A newer snapshot of the same model version, published meanwhile, is as good: whatever its space points at.
 
     Args:
         places: where the serving process is.
@@ -39,25 +41,36 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again
         The address of the serving process, or "no serving process" where none is configured.
 
     Raises:
-        TimeoutError: it refuses the bundle, or serves something else after two minutes; asking again may cure it.
+        TimeoutError: it refuses the bundle, cannot be asked, or serves something else after two minutes; asking again
+            may cure it.
     """
+    import httpx
+
     if not places.serving_url:
         say("no serving process is configured; the bundle was loaded and checked here")
         return "no serving process"
     wanted = {"model_version": bundle.model_version, "snapshot": bundle.pointer.snapshot}
-    with connect(places) as client:
-        client.post("/v1/release/reload", params={"again": again}).raise_for_status()
-        until = time.monotonic() + _TIMEOUT_SECONDS
-        while True:
-            state = client.get("/v1/release").json()
-            served = state["bundle"] or {"id": None, "model_version": None, "as_of": ""}
-            newer = served["model_version"] == bundle.model_version and served["as_of"] > str(bundle.pointer.as_of)
-            if served["id"] == bundle.id or newer:
-                return places.serving_url
-            refused = any(wanted.items() <= one.items() for one in state["refused"])
-            if refused or time.monotonic() > until:
-                raise TimeoutError(
-                    f"{places.serving_url}: serves {state['bundle']}, expected bundle {bundle.id}; its last error: "
-                    f"{state['error']}. The alias has moved and serving follows it by itself: do not roll back again"
-                )
-            time.sleep(0.5)
+    until, storage = time.monotonic() + _TIMEOUT_SECONDS, open_storage(places, writing=False)
+    try:
+        with connect(places) as client:
+            client.post("/v1/release/reload", params={"again": again}).raise_for_status()
+            while True:
+                state = client.get("/v1/release").raise_for_status().json()
+                served = state["bundle"] or {"id": None, "model_version": None, "snapshot": None}
+                if served["id"] == bundle.id:
+                    return places.serving_url
+                if served["model_version"] == bundle.model_version:
+                    current = read_pointer(storage, folder_of(bundle.space.id))
+                    if current is not None and served["snapshot"] == current[0].snapshot:
+                        return places.serving_url
+                refused = any(wanted.items() <= one.items() for one in state["refused"])
+                if refused or time.monotonic() > until:
+                    why = f"serves {state['bundle']}, its last error: {state['error']}"
+                    break
+                time.sleep(0.5)
+    except httpx.HTTPError as error:
+        why = f"cannot be asked: {type(error).__name__}: {error}"
+    raise TimeoutError(
+        f"{places.serving_url}: expected bundle {bundle.id} of version {bundle.model_version}, {why}. "
+        f"The alias has moved to that version, and serving follows it by itself: do not roll back again"
+    )

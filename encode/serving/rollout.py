@@ -31,7 +31,7 @@ BY_ROLE: dict[str, Any] = {
 }
 """What OpenAPI says of it: added to that of a route."""
 
-_FEWEST_FAILURES, _MOST_FAILED = 3, 0.01
+_FEWEST_FAILURES, _MOST_FAILED, _OF_LATEST = 3, 0.01, 1_000
 _WINDOW, _EVERY, _PROBATION = 200, 50, 1_000
 _GROUPS = 10_000
 _SALT = 0x5EED << 40
@@ -73,15 +73,16 @@ class Rollout:
 class Watch:
     """How a bundle does since it began to serve, and whether it should go on.
 
-    It should not if at least 3 requests, and more than 1 of 100, got no probabilities. Nor if, within its first 1,000
-    requests, the median of the last 200 took more than three times as long as the median of the last 200 of what served
-    before (and more than 5 ms), all as if of 1,000 candidates: what a request takes whatever its candidates is about as
-    much as what 1,000 take. Threads may note at once.
+    It should not if at least 3 of the last 1,000 requests, and more than 1 of 100, got no probabilities. Nor if, within
+    its first 1,000 requests, the median of the last 200 took more than three times as long as the median of the last
+    200 of what served before (and more than 5 ms), all as if of 1,000 candidates: what a request takes whatever its
+    candidates is about as much as what 1,000 take. Threads may note at once.
     """
 
     def __init__(self, before: Watch | None = None) -> None:
         self._lock = threading.Lock()
-        self._asked = self._failed = 0
+        self._asked = 0
+        self._failed: deque[bool] = deque(maxlen=_OF_LATEST)
         self._latest: deque[float] = deque(maxlen=_WINDOW)
         self._before_ms = before.median_ms() if before else None
 
@@ -99,12 +100,13 @@ class Watch:
         """
         with self._lock:
             self._asked += 1
-            self._failed += seconds is None
+            self._failed.append(seconds is None)
             if seconds is not None:
                 self._latest.append(1e3 * seconds * 2_000 / (1_000 + num_candidates))
-            failed, asked = self._failed, self._asked
-        if failed >= _FEWEST_FAILURES and failed > _MOST_FAILED * asked:
-            return f"{failed} of its {asked} requests got no probabilities"
+            asked, latest = self._asked, len(self._failed)
+            failed = sum(self._failed) if seconds is None else 0  # only a failure can be one too many
+        if failed >= _FEWEST_FAILURES and failed > _MOST_FAILED * latest:
+            return f"{failed} of its last {latest} requests got no probabilities"
         if self._before_ms is None or asked > _PROBATION or asked % _EVERY:
             return None
         now_ms = self.median_ms()

@@ -61,7 +61,9 @@ class Scorer:
         """
         if self.draining:
             raise HTTPException(503, "not ready: draining", _RETRY)
-        return self._bundle()
+        if self.follower.bundle is None:  # why may name stores and registries: not for those without a key
+            raise HTTPException(503, "not ready: no bundle yet; /v1/release tells why", _RETRY)
+        return self.follower.bundle
 
     def is_ready(self) -> bool:
         """Tell whether requests should be sent here."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import time
 from typing import Annotated, Any
 
@@ -61,8 +62,6 @@ def signature(secret: str, delivery: str, timestamp: str, body: bytes) -> str:
 
 
 def _is_recent(timestamp: str) -> bool:
-    return timestamp.isdecimal() and abs(time.time() - int(timestamp)) <= _TOLERANCE_SECONDS
-
-
-async def _body(request: Request) -> bytes:
-    return await request.body()
+    if not re.fullmatch("[0-9]{1,12}", timestamp):
+        return False
+    return abs(time.time() - int(timestamp)) <= _TOLERANCE_SECONDS

@@ -18,7 +18,8 @@ def main(folder, preset):
         conf = {"preset": preset, **options.pop("conf", {})}
         # Read anew: a test run leaves its conf in the params of its DAG object.
         done = DagBag(folder).dags[dag_id].test(run_conf=conf, **options)
-        named = "judge" if dag_id == "encode_release" and conf.get("dry_run") else dag_id.removeprefix("encode_")
+        dry = {"encode_release": "judge", "encode_rollback": "choose"} if conf.get("dry_run") else {}
+        named = dry.get(dag_id, dag_id.removeprefix("encode_"))
         task = next(task for task in done.get_task_instances() if task.task_id == named)
         key = "plan" if conf.get("dry_run") else "return_value"
         value = task.xcom_pull(task_ids=task.task_id, key=key) if task.state in ("success", "skipped") else None

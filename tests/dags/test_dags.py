@@ -136,6 +136,62 @@ def test_the_connection_to_spark_is_optional(airflow_environment):
     assert found == list(masters.values())
 
 
+EVENTS = """
+import contextlib, io, json, os
+from types import SimpleNamespace
+import encode_wiring
+
+def resolve(*extras):
+    context = {
+        "params": {},
+        "dag_run": SimpleNamespace(partition_key=None, data_interval_start=None, data_interval_end=None),
+        "triggering_asset_events": {"raw": [SimpleNamespace(extra=extra) for extra in extras]},
+    }
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            days = str(encode_wiring.window(context))
+        except Exception as error:
+            days = str(error)
+    try:
+        preset = encode_wiring._preset(context)
+    except Exception as error:
+        preset = str(error)
+    return [days, preset, said.getvalue()]
+
+def single_writer(text):
+    os.environ["AIRFLOW_CONN_ENCODE_STORE"] = f"generic://key:secret@encode?single_writer={text}"
+    for name in ("MLFLOW", "SERVING"):
+        os.environ[f"AIRFLOW_CONN_ENCODE_{name}"] = "http://127.0.0.1"
+    encode_wiring.get_current_context = lambda: {"dag": SimpleNamespace(dag_id="encode_none")}
+    return encode_wiring.places().single_writer
+
+day, other = {"start": "2024-01-01", "end": "2024-01-02"}, {"start": "2024-01-05"}
+print("FOUND " + json.dumps({
+    "both": resolve(day, other),
+    "bad": resolve(day, {"start": "2024-13-01"}, {"day": "2024-01-09"}, None),
+    "none": resolve({"start": "soon"}),
+    "presets": resolve(day | {"preset": "one"}, day | {"preset": "two"}),
+    "single_writer": [single_writer(text) for text in ("true", "1", "false", "0", "")],
+}))
+"""
+
+
+def test_an_event_that_says_no_days_does_not_sink_the_others(airflow_environment):
+    found = in_airflow(airflow_environment, "-c", EVENTS, marker="FOUND ")
+    assert found["both"] == ["2024-01-01..2024-01-06", "complete-journey", ""]
+    days, _, said = found["bad"]
+    assert days == "2024-01-01..2024-01-02"
+    assert [line.partition(":")[0] for line in said.splitlines()] == [
+        "left out an event that says {'start'",
+        "left out an event that says {'day'",
+        "left out an event that says nothing",
+    ]
+    assert found["none"][0].startswith("window: no days given")
+    assert found["presets"][1] == "events of several presets triggered this run: one, two; trigger one run for each"
+    assert found["single_writer"] == [True, True, False, False, False]
+
+
 def test_the_dags_run_the_whole_path_with_connections_only(airflow_environment, object_store, mlflow_server):
     prefix = f"dags-{secrets.token_hex(4)}"
     places = Places(

@@ -35,7 +35,7 @@ print("FOUND " + json.dumps({
     "upstream": {task.task_id: sorted(task.upstream_task_ids) for task in release.tasks},
     "rule": release.get_task("release").trigger_rule.value,
     "options": approve.options,
-    "retries": rollback.get_task("rollback").retries,
+    "rollback": {task.task_id: sorted(task.upstream_task_ids) for task in rollback.tasks},
     "schedule": rollback.schedule,
     "versions": [takes("version", value) for value in (None, "1", "42", "0", "-1", "two", "1.0", "")],
     "reasons": [takes("reason", value) for value in (None, "slow", "x" * 501)],
@@ -81,8 +81,8 @@ def test_only_a_rejection_refuses_and_says_who_and_why(found):
     assert rejected == ["rejected by Ada: slow", "rejected by a person: no reason given"]
 
 
-def test_a_rollback_is_triggered_by_people_with_numbers_of_versions_and_never_repeated(found):
+def test_a_rollback_is_triggered_by_people_with_numbers_of_versions_and_repeats_only_what_was_chosen(found):
     assert found["schedule"] is None
-    assert found["retries"] == 0
+    assert found["rollback"] == {"choose": [], "rollback": ["choose"]}
     assert found["versions"] == [True, True, True, False, False, False, False, False]
     assert found["reasons"] == [True, True, False]

@@ -61,8 +61,10 @@ def test_the_index_shows_each_day_and_marks_those_to_look_at(tmp_path, storage):
     summary = write_docs(storage, tmp_path / "docs", None, None)
     assert {key: summary[key] for key in ("days", "warned", "refused")} == {"days": 9, "warned": 1, "refused": 1}
     page = (tmp_path / "docs" / "index.html").read_text()
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert "<script" not in page
+    assert "default-src 'none'; style-src 'unsafe-inline'" in page
     half, refused = DAY + timedelta(days=7), DAY + timedelta(days=8)
     assert f'<a href="{half}.html">{half}</a> Tue' in page
     assert "rows: found 100, usually 160 to 250" in page
@@ -94,6 +96,17 @@ def test_a_window_of_days_and_one_day(tmp_path, storage):
         write_docs(storage, tmp_path / "docs", date(2025, 1, 1), None)
     with pytest.raises(ArtifactError, match="no day was validated in 2025-01-01"):
         write_docs(storage, tmp_path / "docs", None, Window(date(2025, 1, 1), date(2025, 1, 2)))
+
+
+def test_the_page_of_the_day_that_is_asked_for_is_fetched_beside_the_newest(tmp_path, storage, monkeypatch):
+    monkeypatch.setattr("encode.data.docs._MAX_PAGES", 1)
+    summary = write_docs(storage, tmp_path / "docs", DAY, None)
+    assert summary["page"] == str(tmp_path / "docs" / f"{DAY}.html")
+    refused = next(name.name for name in (tmp_path / "docs").glob(f"{DAY + timedelta(days=8)}-refused-*.html"))
+    index = (tmp_path / "docs" / "index.html").read_text()
+    assert {path.name for path in (tmp_path / "docs").glob("2024*.html")} == {f"{DAY}.html", refused}
+    assert f'href="{refused}"' in index
+    assert index.count("href=") == 1
 
 
 def test_missing_days_are_gaps_and_what_is_said_is_escaped():

@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from datetime import date, timedelta
+from html import escape
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from browser import BINARY, open_browser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +108,58 @@ def test_the_page_is_complete_in_itself_and_shows_the_reasons(tmp_path):
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
+
+
+TITLE = "Data documentation compiled by Great Expectations"
+NASTY = (
+    '<svg onload="document.title = 1337">',
+    "<iframe src=javascript:top.document.title=1337></iframe>",
+    '<img src="x" onerror="document.title = 1337">',
+    "<script>document.title = 1337",  # never closed: the page must not end here
+    "</td></table><b onmouseover=document.title=1337>&amp;",
+    "</head><body><style>body{display:none}",
+    "background: url('x') ${column} $v__0 $$ {{ 7 * 7 }}",
+)
+
+
+@pytest.fixture(scope="module")
+def nasty_page(tmp_path_factory):
+    """The page of a published day, some of whose behaviors, and a name in the settings, are markup."""
+    folder = tmp_path_factory.mktemp("nasty")
+    storage = FolderStorage(folder)
+    bad = [(1, 1000 + place, 1, name, NOON) for place, name in enumerate(NASTY)]
+    put_rows(storage, good_rows(400) + bad)
+    report = validate_day(storage, DAY, config(behaviors=("pv", "buy", "<s>$v__0"), max_rejected_share=0.1))
+    assert report.reasons == {"behavior_unknown": len(NASTY)}
+    return folder / f"quarantine/dt={DAY}/index.html"
+
+
+def test_nothing_that_came_with_the_log_is_markup_in_the_page(nasty_page):
+    page = nasty_page.read_text()
+    for name in NASTY:
+        assert escape(name) in page
+        assert name not in page
+    assert "&lt;s&gt;$v__0</span>" in page
+    for markup in ("<svg", "<iframe", "<img", "<script", "<b ", "<s>"):
+        assert markup not in page
+    assert page.count("</head>") == page.count("<body>") == page.count("</html>") == 1
+    assert page.index("default-src 'none'") < page.index("<style>")
+
+
+def test_a_browser_runs_nothing_of_a_page_and_shows_every_value_as_it_came(nasty_page, tmp_path):
+    if BINARY is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the path")
+    with open_browser(tmp_path) as browser:
+        browser.open(nasty_page.as_uri())
+        assert browser.run("document.title") == TITLE
+        shown = browser.run("[...document.querySelectorAll('.table-bordered td:first-child')].map(td => td.innerText)")
+        assert sorted(shown) == sorted([*NASTY, "behavior_unknown"])
+        # Even if it were left raw, the policy of the page would not let it run.
+        raw = tmp_path / "raw.html"
+        raw.write_text(nasty_page.read_text().replace(escape(NASTY[0]), NASTY[0]))
+        browser.open(raw.as_uri())
+        assert browser.run("document.querySelectorAll('svg[onload]').length") == 1
+        assert browser.run("document.title") == TITLE
 
 
 def test_ids_survive_exactly_beyond_what_a_float_holds(tmp_path):

@@ -20,7 +20,7 @@ from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import ModelCard, model_digest, model_files
 from encode.model.space import SpaceConfig, space_of
 from encode.outputs import write_output
-from encode.pointers import publish
+from encode.pointers import publish, read_pointer
 from encode.registry import Version
 from encode.schema import BEHAVIORS, SECONDS_PER_DAY, day_start
 from encode.serving.bundle import load_bundle
@@ -74,23 +74,24 @@ SPACE, READER, FILES = make_model(0)
 HISTORIES = draw_histories()
 
 
-def refresh(storage, as_of=AS_OF, space=SPACE):
+def refresh(storage, as_of=AS_OF, space=SPACE, name="made"):
     """Publish a snapshot of the histories before a day, as one file made in one go."""
     known = HISTORIES.before(day_start(as_of))
     rows = pa.Table.from_batches([extract(history_batch(known, np.arange(len(known))), space)])
-    snapshot = f"{as_of:%Y%m%d}-made"
+    snapshot = f"{as_of:%Y%m%d}-{name}"
+    found = read_pointer(storage, folder_of(space.id))
     manifest = write_output(
         storage,
         f"{folder_of(space.id)}/{snapshot}",
         {snapshot_file(0): snapshot_bytes(rows.schema, rows.to_batches())},
         kind="interests",
-        fingerprint=str(as_of),
+        fingerprint=f"{as_of} {name}",
         config={"num_buckets": 1},
         inputs={},
         counts={"users": len(rows)},
         details={"as_of": str(as_of), "space": space.id},
     )
-    return publish(storage, folder_of(space.id), snapshot, manifest)
+    return publish(storage, folder_of(space.id), snapshot, manifest, found[0] if found else None)
 
 
 def make_bundle(folder):

@@ -317,7 +317,8 @@ def test_inference_tells_what_it_is(client, make_client):
     for path in ("/v2/health/ready", "/v2/models/encode-ctr", "/v2/models/encode-ctr/ready"):
         answer = empty.get(path)
         assert answer.status_code == 503
-        assert answer.json() == {"error": "not ready: loading"}
+        why = "loading" if path.endswith("encode-ctr") else "no bundle yet; /v1/release tells why"
+        assert answer.json() == {"error": f"not ready: {why}"}
         assert answer.headers["Retry-After"] == "2"
 
 

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,58 @@ def test_every_name_and_label_that_is_asked_for_is_exposed(exposed):
         for grouped in re.findall(r"by \(([^)]*)\)", text):
             asked = {label.strip() for label in grouped.split(",")} - {"job", "instance"}
             assert all(asked <= exposed[name] for name in names), f"{where}: by ({grouped})"
+
+
+def requests_told(client):
+    """Label sets of the requests that were counted."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return [one.labels for family in families for one in family.samples if one.name == "encode_requests_total"]
+
+
+def test_shares_and_latency_are_of_requests_that_score_not_of_probes(make_client):
+    client, scoring = make_client(bundle=None), {"/v1/score", "/invocations", "/v2/models/{name}/infer"}
+    for path in ("/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready", "/v2/models/encode-ctr/ready"):
+        client.get(path)
+    inputs = [{"name": name, "shape": [1], "datatype": "INT64", "data": [1]} for name in ("user_id", "item_id")]
+    client.post("/v1/score", json={"user_id": 1, "item_ids": [10]})
+    client.post("/invocations", json={"dataframe_records": [{"user_id": 1, "item_id": 1}]})
+    client.post("/v2/models/encode-ctr/infer", json={"inputs": inputs})
+    refused = {labels["route"] for labels in requests_told(client) if labels["status"] == "503"}
+    assert refused == scoring | {"/ready", "/ping", "/v2/health/ready", "/v2/models/{name}/ready"}
+    client.get("/nowhere")
+    routes = {labels["route"] for labels in requests_told(client)}
+    asked = {where: set(re.findall(r'route=~"([^"]*)"', expression)) for where, expression in EXPRESSIONS.items()}
+    wanted = {
+        "EncodeLatencyHigh": scoring,
+        "EncodeFaults": scoring | {"unrouted"},
+        "EncodeUnavailable": scoring | {"unrouted"},
+        "p99, scored requests A": scoring,
+        "Not answered A": scoring | {"unrouted"},
+    }
+    for where, expected in wanted.items():
+        [pattern] = asked[where]
+        assert {route for route in routes if re.fullmatch(pattern, route)} == expected, where
+        assert EXPRESSIONS[where].count("rate(") == EXPRESSIONS[where].count("route=~"), f"{where}: all or none"
+
+
+def test_counters_of_which_one_count_is_enough_are_shown_from_the_start(make_client):
+    families = text_string_to_metric_families(make_client().get("/metrics").text)
+    zeros = [{"": one.name} | one.labels for family in families for one in family.samples if one.value == 0]
+    enough = [rule["expr"] for rule in RULES if "increase(" in rule["expr"]]
+    assert len(enough) == 2
+    for name, matchers in re.findall(r"increase\((\w+)\{([^}]*)\}", " ".join(enough)):
+        wanted = {"": name} | dict(re.findall(r'(\w+)="([^"]*)"', matchers))
+        assert wanted in zeros
+
+
+def test_rules_fire_when_they_should_and_not_else():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    done = subprocess.run(
+        [promtool, "test", "rules", str(MONITORING / "rules_test.yml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_metric_of_ours_is_on_the_dashboard(exposed):

@@ -48,6 +48,14 @@ def test_a_release_is_over_when_serving_has_it(serving, registry, second):
     assert follower.bundle.id == second.id
 
 
+def test_a_snapshot_that_was_published_meanwhile_is_as_good(serving, storage, registry, second):
+    follower, places = serving
+    refresh(storage, space=OTHER, name="late-days")
+    registry.release("2", OTHER_FILES, OTHER)
+    assert see_served(places, second, print) == places.serving_url
+    assert (follower.bundle.pointer.as_of, follower.bundle.id == second.id) == (second.pointer.as_of, False)
+
+
 def test_what_serving_has_refused_is_told_at_once_and_tried_again_when_somebody_decides_so(
     serving, storage, registry, second
 ):
@@ -55,7 +63,7 @@ def test_what_serving_has_refused_is_told_at_once_and_tried_again_when_somebody_
     follower.refused["2", read_pointer(storage, folder_of(OTHER.id))[0]] = "1,000 candidates take 80 ms"
     registry.release("2", OTHER_FILES, OTHER)
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match="The alias has moved and serving follows it by itself"):
+    with pytest.raises(TimeoutError, match="The alias has moved to that version, and serving follows it by itself"):
         see_served(places, second, print)
     assert time.monotonic() - began < 30
     assert follower.bundle.model_version == "1"

@@ -5,7 +5,11 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from made import FILES, SPACE, Client, wait
 from prometheus_client.parser import text_string_to_metric_families
+
+from encode.config import RegistryConfig
+from encode.serving.app import create_app
 
 BUCKETS = ["0.001", "0.002", "0.003", "0.005", "0.008", "0.01", "0.015", "0.02", "0.03", "0.05", "0.1", "+Inf"]
 
@@ -83,6 +87,17 @@ def test_loads_that_were_refused_are_counted_by_kind(places, tmp_path, make_clie
         time.sleep(0.02)
     follower.stop()
     assert scrape(client)["encode_loads_refused_total", ("kind", kind)] == 1
+
+
+def test_a_look_that_failed_is_shown_until_one_succeeds(storage, own_places, registry, tmp_path):
+    with Client(create_app(own_places, RegistryConfig(), tmp_path / "cache", seconds=3600)) as client:
+        state = wait(client, lambda state: state["error"])
+        assert "release one first" in state["error"]
+        assert scrape(client)["encode_look_failed",] == 1
+        registry.release("1", FILES, SPACE)
+        client.post("/v1/release/reload")
+        wait(client, lambda state: state["bundle"] and not state["error"])
+        assert scrape(client)["encode_look_failed",] == 0
 
 
 def test_scrapers_that_ask_for_open_metrics_get_it(client):

@@ -152,6 +152,26 @@ def test_the_commands_print_for_people_and_for_programs(encode, released, tmp_pa
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
+def test_a_day_that_was_replayed_is_watched_with_all_its_rows(encode, workdir, tmp_path):
+    """The newest day is landed again with rows of 50 users that no snapshot holds yet."""
+    folder = tmp_path / "copy"
+    shutil.copytree(workdir, folder)
+    day, raw = "2024-02-29", folder / "store" / "raw" / "dt=2024-02-29"
+    landed = pa.concat_tables(pq.read_table(path) for path in sorted(raw.glob("*.parquet")))
+    before = json.loads(encode("monitor", "--as-of", "2024-03-01", "--json", folder=folder)[1])["drift"]
+    more = landed[:50].set_column(0, "user_id", pa.array(range(10**6, 10**6 + 50), landed["user_id"].type))
+    for path in raw.iterdir():
+        path.unlink()
+    pq.write_table(pa.concat_tables([landed, more]), raw / "again.parquet")
+    assert encode("replay", "--start", day, folder=folder)[0] == 0
+    assert (folder / "store" / "behaviors" / f"dt={day}" / "replay-001" / "manifest.json").is_file()
+    status, printed, error = encode("monitor", "--as-of", "2024-03-01", "--json", folder=folder)
+    assert (status, error) == (0, "")
+    told = json.loads(printed)
+    assert told["problems"] == []
+    assert told["drift"]["coverage_of_newest_day"] < before["coverage_of_newest_day"] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -60,6 +61,29 @@ class Asked(dict):
     def get(self, name, default=None):
         self.names.add(name)
         return super().get(name, default)
+
+
+def render(folder):
+    """What kubectl would apply."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    made = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True)
+    return list(yaml.safe_load_all(made.stdout))
+
+
+def on_top(folder, kustomization):
+    """Write a user's own folder, whose paths are from the root of the repository."""
+    up = os.path.relpath(ROOT, folder)
+    named = {k: [f"{up}/{path}" for path in kustomization.get(k, [])] for k in ("resources", "components")}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization | named))
+    return folder
+
+
+def blocks_of_the_page():
+    """What it shows as YAML."""
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    return [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
 
 
 def test_every_file_is_named_in_its_kustomization():
@@ -133,6 +157,26 @@ def test_the_network_lets_out_to_where_things_are_and_nowhere_else(base):
     assert to == names
 
 
+def test_who_is_let_in_and_out_may_run_in_any_namespace(base):
+    spec = base["NetworkPolicy"]["spec"]
+    callers = [peer for rule in spec["ingress"] for peer in rule["from"]]
+    called = [peer for rule in spec["egress"] for peer in rule["to"]]
+    assert all("namespaceSelector" in peer for peer in callers + called), "a podSelector alone means this namespace"
+    labels = [peer["podSelector"]["matchLabels"] for peer in callers if "podSelector" in peer]
+    registry = urlsplit(base["ConfigMap"]["data"]["MLFLOW_TRACKING_URI"]).hostname
+    assert labels == [{"encode/asks-serving": "true"}, {"app.kubernetes.io/name": registry}], "the webhook calls, too"
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    assert '"labels":{"encode/asks-serving":"true"}' in page, "how to label"
+
+
+def test_the_policy_that_the_page_adds_is_of_these_pods(base):
+    [added] = [one for one in blocks_of_the_page() if one.get("kind") == "NetworkPolicy"]
+    assert added["metadata"]["namespace"] == "encode"
+    assert added["metadata"]["name"] != base["NetworkPolicy"]["metadata"]["name"], "it comes beside it"
+    assert added["spec"]["podSelector"]["matchLabels"] == LABELS
+    assert {kind.lower() for kind in added["spec"]["policyTypes"]} == added["spec"].keys() & {"ingress", "egress"}
+
+
 def test_the_process_has_no_rights_and_writes_to_its_volumes_only(pod, container, options):
     user = pod["securityContext"]["runAsUser"]
     assert pod["securityContext"]["runAsNonRoot"]
@@ -163,12 +207,7 @@ def test_everything_selects_the_pods(base):
 
 
 def test_each_pod_of_the_sharded_form_holds_the_shard_of_its_number():
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed")
-    command = [kubectl, "kustomize", str(KUBERNETES / "sharded")]
-    made = subprocess.run(command, capture_output=True, text=True, check=True)
-    kinds = {one["metadata"]["name"] + one["kind"]: one for one in yaml.safe_load_all(made.stdout)}
+    kinds = {one["metadata"]["name"] + one["kind"]: one for one in render(KUBERNETES / "sharded")}
     shards = kinds["encode-servingStatefulSet"]["spec"]
     [container] = shards["template"]["spec"]["containers"]
     assert kinds["encode-serving-shardsService"]["spec"]["clusterIP"] == "None"
@@ -183,3 +222,26 @@ def test_each_pod_of_the_sharded_form_holds_the_shard_of_its_number():
         arguments = [argument.replace("$(SHARD)", str(number)) for argument in container["args"]]
         held.append(Shard.parse(_parser().parse_args(["serve", *arguments]).shard))
     assert held == [Shard(number, len(held)) for number in range(len(held))]
+
+
+def test_the_folder_of_the_page_leaves_the_number_of_replicas_to_the_autoscaler(tmp_path):
+    [own] = [one for one in blocks_of_the_page() if "components" in one]
+    made = {one["kind"]: one for one in render(on_top(tmp_path, own))}
+    assert {one["metadata"]["namespace"] for one in made.values()} == {"encode"}
+    target = made["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    deployment = made[target["kind"]]
+    assert deployment["metadata"]["name"] == target["name"]
+    assert "replicas" not in deployment["spec"], "each apply would set it back"
+    assert made["ServiceMonitor"]
+    assert made["ConfigMap"]["data"]["ENCODE_STORE"] == "s3://my-bucket"
+
+
+def test_a_second_copy_of_the_shards_shares_nothing_with_the_first(tmp_path):
+    paths = {"resources": ["infra/kubernetes/sharded"], "components": ["infra/kubernetes/components/monitoring"]}
+    first, second = render(KUBERNETES / "sharded"), render(on_top(tmp_path, paths | {"namespace": "encode-b"}))
+    assert {one["metadata"]["namespace"] for one in first} == {"encode"}
+    assert {one["metadata"]["namespace"] for one in second} == {"encode-b"}
+    for copy in (first, second):
+        assert [one["kind"] for one in copy].count("PodDisruptionBudget") == 1
+        [pods] = [one["spec"] for one in copy if one["kind"] == "StatefulSet"]
+        assert pods["serviceName"] in {one["metadata"]["name"] for one in copy if one["kind"] == "Service"}
