@@ -136,20 +136,21 @@ async function poll() {
   const [ready, metrics] = await Promise.allSettled(asked.map((path) => ask(path)));
   const [release] = await Promise.allSettled(locked ? [] : [ask("/v1/release")]); // not at work while that is counted
   if (mine !== turn) return;
-  showState(ready);
+  showState(ready, release?.value);
   showRelease(release?.value);
   showLoad(metrics?.value);
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
 }
 
-function showState(ready) {
+function showState(ready, release) {
   const isReady = ready.status === "fulfilled";
   const gone = !isReady && ready.reason.status === 0;
   goneSince = gone ? (goneSince ?? new Date().toLocaleTimeString()) : null;
   say("state", gone ? "no answer" : isReady ? "ready" : "not ready");
   by("state").className = `pill ${isReady ? "good" : "bad"}`;
   const trying = `No answer from the server since ${goneSince}; trying again every ${POLL_MS / 1000} s.`;
-  say("banner", gone ? trying : isReady ? "" : `The server takes no traffic: ${ready.reason.message}`);
+  const why = release?.error ?? ready.reason?.message;
+  say("banner", gone ? trying : isReady ? "" : `The server takes no traffic: ${why}`);
 }
 
 function showRelease(release) {
