@@ -47,7 +47,7 @@ $(VENV)/installed-fuxictr: requirements-fuxictr.txt $(STAMP)
 	@touch $@
 
 test: $(VENV)/installed-spark $(VENV)/installed-bench $(VENV)/installed-fuxictr ## run the whole suite, with real servers
-	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	@exec $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## format, lint and type check
 	$(BIN)/ruff format --check .
