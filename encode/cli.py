@@ -390,11 +390,19 @@ def _land(options: argparse.Namespace) -> None:
     _show(options, steps.land(_config(options), _places(options), _say(options), options.cache))
 
 
+def _days(options: argparse.Namespace) -> tuple[str | None, str | None]:
+    from encode.errors import ConfigError
+
+    if not options.start and not options.end:
+        raise ConfigError("which days? give --start DAY, and --end DAY, the first that is not among them, for several")
+    return options.start, options.end
+
+
 def _validate(options: argparse.Namespace) -> None:
     from encode import plan, steps
     from encode.schema import resolve_window
 
-    window = resolve_window(options.start, options.end)
+    window = resolve_window(*_days(options))
     step = plan.validate if options.dry_run else steps.validate
     _show(options, step(_config(options), _places(options), window, _say(options)))
 
@@ -403,7 +411,7 @@ def _replay(options: argparse.Namespace) -> None:
     from encode import plan, steps
     from encode.schema import resolve_window
 
-    window = resolve_window(options.start, options.end)
+    window = resolve_window(*_days(options))
     step = plan.replay if options.dry_run else steps.replay
     _show(options, step(_config(options), _places(options), window, _say(options)))
 

@@ -73,6 +73,7 @@ def _run_dags(preset: str, config: Config, landed: Mapping[str, Any], stack: Sta
             return str(done["dag_run_id"])
 
         airflow.unpause("encode_validate")
+        airflow.unpause("encode_rollback")  # runs only when somebody needs it, and then at once
         conf = {"preset": name, "start": first, "end": end}
         finish("encode_validate", _trigger(airflow, "encode_validate", same, conf, say))
         for dag in _DAGS:

@@ -93,7 +93,7 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["run", "--preset", "tiny"], 2, "--workdir"),
         (["trian"], 2, "invalid choice: 'trian'"),
         (["validate", "--start", "soon", "--workdir", "x"], 2, "start: found 'soon', expected a day"),
-        (["validate", "--workdir", "x"], 2, "no days given"),
+        (["validate", "--workdir", "x"], 2, "which days? give --start DAY"),
         (["release", "--refuse", "", "--reason", "", "--workdir", "x"], 2, "argument --refuse: found nothing"),
         (["release", "--refuse", "1", "--reason", " ", "--workdir", "x"], 2, "argument --reason: found nothing"),
         (["release", "--approve", "", "--workdir", "x"], 2, "argument --approve: found nothing, expected a text"),

@@ -96,6 +96,8 @@ def test_a_dry_run_of_training_counts_what_is_validated_before_the_day(landed):
     ]
     assert (found["days"], found["rows"]) == (2, sum(one["counts"]["rows"] for one in rows))
     assert not found["done"]
+    with pytest.raises(ConfigError, match=r"newest validated day is .*, more than a year before; is the year mistyped"):
+        plan.train(TINY, places, date(first.year + 70, first.month, first.day), quiet)
     assert files_of(folder) == before
 
 

@@ -126,7 +126,10 @@ def _about(storage: Storage, seen: list[_Seen], day: date, folder: Path, say: Ca
     """Fetch all about one day, and sum up what was rejected."""
     found = [one for one in seen if one.day == day]
     if not found:
-        raise ArtifactError(f"{storage.uri}/quarantine/dt={day}: not validated; have {seen[0].day} to {seen[-1].day}")
+        raise ArtifactError(
+            f"{storage.uri}/quarantine/dt={day}: not validated, or there are no raw data of it; have "
+            f"{len({one.day for one in seen}):,} days from {seen[0].day} to {seen[-1].day}"
+        )
     one = found[-1]
     page, rejected = folder / _page(one), folder / f"{day}-rejected.parquet"
     _fetch(storage, one, "result.json", folder / f"{day}-result.json")

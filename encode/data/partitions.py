@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import date, timedelta
 
-from encode.errors import ArtifactError
+from encode.errors import ArtifactError, ConfigError
 from encode.outputs import MANIFEST, Manifest, read_manifest
 from encode.storage import Storage
 
 REPLAY = "replay-"
 """Begins the name of what a replay adds to a day, below the day's partition."""
 _NUM_THREADS = 8
+_LONGEST_PAUSE = timedelta(days=366)
+"""Between the newest validated day and what is made of it."""
 _DAY = re.compile(r"^[^/]+/dt=(\d{4}-\d{2}-\d{2})/")
 
 
@@ -55,6 +57,8 @@ def validated_days(storage: Storage, end: date, start: date | None = None) -> di
 
     Raises:
         ArtifactError: there is none, or a replay added to another partition than the one that is there.
+        ConfigError: without `start`, `end` is more than a year after the newest of them: what is published as of a day
+            that is mistyped so would stay the newest for as long.
     """
     days = {day: p for day, p in published_days(storage).items() if day < end and (start is None or day >= start)}
     prefixes = [prefix for day in days.values() for prefix in day]
@@ -65,6 +69,10 @@ def validated_days(storage: Storage, end: date, start: date | None = None) -> di
         raise ArtifactError(
             f"{storage.uri}/behaviors: no validated day {f'from {start} ' if start else ''}before {end}; "
             "validate the window first"
+        )
+    if start is None and end - max(days) > _LONGEST_PAUSE:
+        raise ConfigError(
+            f"as of {end}: the newest validated day is {max(days)}, more than a year before; is the year mistyped?"
         )
     for prefix, manifest in found.items():
         base = manifest.details.get("adds_to")
