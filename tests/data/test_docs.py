@@ -92,9 +92,7 @@ def test_a_window_of_days_and_one_day(tmp_path, storage):
     assert "  2 rows rejected: user_id_not_positive" in said
     assert f"    raw/dt={DAY}/a.parquet row 201: user_id '0', item_id '7'" in "\n".join(said)
     assert (tmp_path / "docs" / f"{DAY}.html").read_bytes() == storage.get(f"quarantine/dt={DAY}/index.html")
-    with pytest.raises(
-        ArtifactError, match=r"2025-01-01: not validated, or .* \d+ days from 2024-03-05 to 2024-03-13"
-    ):
+    with pytest.raises(ArtifactError, match=r"2025-01-01: not validated, or .* \d+ days from 2024-03-05 to 2024-03-13"):
         write_docs(storage, tmp_path / "docs", date(2025, 1, 1), None)
     with pytest.raises(ArtifactError, match="no day was validated in 2025-01-01"):
         write_docs(storage, tmp_path / "docs", None, Window(date(2025, 1, 1), date(2025, 1, 2)))
