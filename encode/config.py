@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from encode.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -41,7 +42,7 @@ class GeneratorConfig(Section):
     start: date = date(2024, 1, 1)
     num_days: Positive = 60
     noise: Share = 0.15
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SourceConfig(Section):
@@ -152,7 +153,7 @@ class ClusteringConfig(Section):
     num_clusters: Annotated[int, Field(gt=0, le=255)] = 32
     """K: interests a user has at most."""
     num_iterations: Positive = 10
-    seed: int = 0
+    seed: Seed = 0
 
 
 class TrainingConfig(Section):
@@ -182,9 +183,9 @@ class TrainingConfig(Section):
     """Histories (one user as of one snapshot day) that one update pools, with all their impressions."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    num_threads: Positive = 2
+    num_threads: Annotated[int, Field(gt=0, le=1024)] = 2
     """Threads of an update. Another number gives other bytes: sums are taken in another order."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -260,7 +261,7 @@ class ReleaseConfig(Section):
 class RegistryConfig(Section):
     """Names in MLflow."""
 
-    model_name: str = "encode-ctr"
+    model_name: Annotated[str, Field(pattern=r"^[^/:]+$")] = "encode-ctr"
     experiment: str = "encode"
 
 
