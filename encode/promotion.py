@@ -168,7 +168,8 @@ def publish(places: Places, registry: Registry, judged: Summary, bundle: Bundle,
         if not serves:
             _check_unchanged(judged, registry.by_alias(CANDIDATE), champion, bundle)
             registry.point(CHAMPION, version)
-        if RELEASED not in version.tags:  # only once it serves: by this it may be rolled back to
+        # Only once it serves, for by these it may be rolled back to; also where a first try died before it noted them.
+        if not serves or RELEASED not in version.tags:
             if judged["champion"] is not None:
                 registry.tag(version, PREVIOUS, judged["champion"])
             registry.tag(version, RELEASED, bundle.id)

@@ -22,7 +22,7 @@ from encode.data.histories import read_histories
 from encode.errors import ArtifactError, ConfigError, QualityError
 from encode.interests.snapshots import read_space
 from encode.outputs import MANIFEST
-from encode.registry import CANDIDATE, CHAMPION, REFUSED, REPORT, Registry
+from encode.registry import CANDIDATE, CHAMPION, PREVIOUS, REFUSED, REPORT, Registry
 from encode.schema import UNKNOWN, Window
 from encode.serving.app import create_app
 from encode.stack.ports import free_port
@@ -360,6 +360,13 @@ def test_a_refused_candidate_leaves_the_champion_and_a_good_one_can_be_rolled_ba
     forward = steps.rollback(lenient, places, quiet, to=third["version"])
     assert forward["bundle"] == release["bundle"]
     assert REFUSED not in registry.by_number(third["version"]).tags
+    assert steps.rollback(lenient, places, quiet)["bundle"] == first["bundle"]
+
+    # Released once more, it comes after whoever serves then, whatever came before it the first time.
+    registry.untag(registry.by_number(third["version"]), REFUSED)
+    registry.tag(registry.by_number(third["version"]), PREVIOUS, second["version"])
+    steps.release(lenient, places, quiet, approve=third["version"])
+    assert registry.by_number(third["version"]).tags[PREVIOUS] == first["version"]
     assert steps.rollback(lenient, places, quiet)["bundle"] == first["bundle"]
 
 
