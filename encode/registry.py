@@ -143,8 +143,7 @@ class Registry:
 
     def spaces_in_use(self) -> list[str]:
         """Return the spaces of champion and candidate, in which interests are refreshed."""
-        versions = [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
-        return sorted({version.space for version in versions})
+        return sorted({version.space for version in self._in_use()})
 
     def spaces_at_hand(self) -> list[str]:
         """Return the spaces of all versions with an alias, and of those that a champion may be rolled back to at once.
@@ -268,8 +267,7 @@ class Registry:
 
         wanted = model_digest(files)
         if existing := self._find(wanted):
-            aliased = [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
-            newest = max((int(one.number) for one in aliased), default=0)
+            newest = max((int(one.number) for one in self._in_use()), default=0)
             if REFUSED not in existing.tags and int(existing.number) > newest:
                 self.point(CANDIDATE, existing)
             return existing
@@ -309,6 +307,9 @@ class Registry:
         version = self.by_number(number)
         self.point(CANDIDATE, version)
         return version
+
+    def _in_use(self) -> list[Version]:
+        return [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]
 
     def _find(self, model: str) -> Version | None:
         query = f"name = '{self._config.model_name}' and tags.`encode.model` = '{model}'"

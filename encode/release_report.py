@@ -14,6 +14,7 @@ import numpy as np
 
 from encode.gates import Floats, Gate, Measured
 from encode.monitoring.stability import counts_of, edges_of, psi
+from encode.pages import POLICY
 from encode.registry import Version
 from encode.release_plots import Line, plot
 from encode.serving.bundle import Bundle
@@ -140,7 +141,7 @@ def to_html(title: str, gates: Sequence[Gate], candidate: Side, champion: Side |
     shown = " · ".join(f'<a href="{escape(url)}" target="_blank">{escape(name)}</a>' for name, url in links.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+{POLICY}
 <title>{escape(title)} version {number}</title><style>{_STYLE}</style></head><body>
 <header style="--verdict: var(--{"bad" if missed else "good"})">
 <h1>{escape(title)} version {number} <span class="{"missed" if missed else "passed"}">{verdict}</span></h1>

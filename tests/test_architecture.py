@@ -19,7 +19,7 @@ MODULES = {
 }
 
 LAYERS = [
-    ["encode", "encode.errors"],
+    ["encode", "encode.errors", "encode.pages"],
     ["encode.config", "encode.compiled", "encode.distributed"],
     ["encode.schema"],
     ["encode.storage"],

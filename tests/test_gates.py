@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made import AS_OF, END, HISTORIES, MODEL, READER, SPACE, make_bundle, make_model
+from made import AS_OF, END, HISTORIES, MEASURED, MODEL, READER, SPACE, make_bundle, make_model
 
 from encode.config import ReleaseConfig, TrainingConfig, load_config
 from encode.gates import Gate, Measured, gates_of, measure, share_held
@@ -17,17 +17,6 @@ from encode.serving.engine import Engine
 NAN = float("nan")
 TRAINING = TrainingConfig(snapshot_days=1)
 DAY = Window(AS_OF, END)
-GOOD = {
-    "auc": 0.8,
-    "gauc": 0.7,
-    "auc_first_time": 0.7,
-    "logloss": 0.3,
-    "calibration": 1.1,
-    "coverage": 0.95,
-    "parity": 1e-6,
-    "latency_ms": 5.0,
-    "size_mb": 30.0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +37,9 @@ def reader_like(change):
 
 
 def gates(limits=None, champion=None, champions_users=0.99, **values):
-    champion = None if champion is None else Measured({**GOOD, **champion}, {}, np.zeros(0))
+    champion = None if champion is None else Measured({**MEASURED, **champion}, {}, np.zeros(0))
     found = gates_of(
-        Measured({**GOOD, **values}, {}, np.zeros(0)), champion, champions_users, limits or ReleaseConfig()
+        Measured({**MEASURED, **values}, {}, np.zeros(0)), champion, champions_users, limits or ReleaseConfig()
     )
     return {gate.name: gate for gate in found}
 
@@ -171,7 +160,7 @@ def test_being_better_than_the_champion_passes():
 
 
 def test_the_first_candidate_has_no_champion_to_be_held_against():
-    assert set(gates()) == set(GOOD)
+    assert set(gates()) == set(MEASURED)
     assert all(gate.champion is None for gate in gates().values())
 
 
@@ -199,5 +188,5 @@ def test_no_preset_asks_for_approval_or_switches_a_gate_off(preset):
     limits = load_config(preset).release
     assert not limits.approval
     assert missed(limits=limits, champion={}) == []
-    bad = dict.fromkeys(GOOD, 1e9) | {"auc": 0.39, "gauc": 0.49, "auc_first_time": 0.39, "coverage": 0.0}
-    assert set(missed(limits=limits, **bad)) == set(GOOD)
+    bad = dict.fromkeys(MEASURED, 1e9) | {"auc": 0.39, "gauc": 0.49, "auc_first_time": 0.39, "coverage": 0.0}
+    assert set(missed(limits=limits, **bad)) == set(MEASURED)

@@ -9,12 +9,12 @@ from datetime import date, timedelta
 import numpy as np
 import pyarrow as pa
 import pytest
+from made import draw_space
 
-from encode.config import ClusteringConfig, Places, RefreshConfig
+from encode.config import Places, RefreshConfig
 from encode.data.erasures import erase_users
 from encode.data.parquet import parquet_bytes
 from encode.data.raw_days import find_raw_days
-from encode.data.vocabulary import Vocabulary
 from encode.engines.local import LocalEngine
 from encode.errors import ArtifactError, ConfigError, DataError
 from encode.interests.refresh import refresh_interests
@@ -22,7 +22,6 @@ from encode.interests.snapshots import folder_of, write_space
 from encode.lineage import Lineage, Node
 from encode.lineage_text import tree
 from encode.model.files import MODEL_FILES, model_digest
-from encode.model.space import Space, SpaceConfig
 from encode.outputs import read_manifest, write_output
 from encode.pointers import read_pointer
 from encode.registry import Version
@@ -33,16 +32,7 @@ START, NUM_ITEMS, USER = date(2024, 3, 1), 40, 3
 CONFIG = RefreshConfig(min_buckets=2, max_drift=9.0)
 
 
-def make_space():
-    rng = np.random.default_rng(0)
-    vocabulary = Vocabulary(np.arange(1, 5), np.arange(1, NUM_ITEMS + 1), 1 + np.arange(NUM_ITEMS) % 4)
-    embedding = rng.normal(size=(len(vocabulary), 6)).astype(np.float32)
-    key = embedding[:, :4] / np.linalg.norm(embedding[:, :4], axis=1, keepdims=True)
-    config = SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 5, 50)
-    return Space(config, vocabulary, embedding, key, np.zeros((6, 4), np.float32), 8.0)
-
-
-SPACE = make_space()
+SPACE = draw_space(NUM_ITEMS, 4, 3)
 FILES = {number: {name: f"{name} {number}".encode() for name in MODEL_FILES} for number in ("1", "2")}
 """What decides a model's scores is not read here, so it may be anything."""
 

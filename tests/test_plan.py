@@ -7,15 +7,13 @@ import sys
 from datetime import date, timedelta
 from pathlib import Path
 
-import numpy as np
 import pytest
+from made import draw_space
 
 from encode import plan, steps
-from encode.config import ClusteringConfig, Places, RegistryConfig, load_config
-from encode.data.vocabulary import Vocabulary
+from encode.config import Places, RegistryConfig, load_config
 from encode.errors import ArtifactError, ConfigError, DataError
 from encode.interests.snapshots import folder_of, write_space
-from encode.model.space import Space, SpaceConfig
 from encode.registry import CANDIDATE
 from encode.schema import Window, day_start, parse_day
 from encode.storage import open_log
@@ -101,15 +99,6 @@ def test_a_dry_run_of_training_counts_what_is_validated_before_the_day(landed):
     assert files_of(folder) == before
 
 
-def make_space():
-    rng = np.random.default_rng(0)
-    vocabulary = Vocabulary(np.arange(1, 5), np.arange(1, 41), 1 + np.arange(40) % 4)
-    embedding = rng.normal(size=(len(vocabulary), 6)).astype(np.float32)
-    key = embedding[:, :4] / np.linalg.norm(embedding[:, :4], axis=1, keepdims=True)
-    config = SpaceConfig(ClusteringConfig(num_clusters=3), "relevance", 5, 50)
-    return Space(config, vocabulary, embedding, key, np.zeros((6, 4), np.float32), 8.0)
-
-
 @pytest.fixture
 def trained(tmp_path, write_day, mlflow_server):
     """A store with one validated day, and a candidate in MLflow whose space it holds."""
@@ -117,7 +106,7 @@ def trained(tmp_path, write_day, mlflow_server):
 
     places = Places(store=str(tmp_path / "store"), tracking_uri=mlflow_server)
     config = TINY.model_copy(update={"registry": RegistryConfig(model_name=f"plan-{secrets.token_hex(4)}")})
-    first, space = date(2024, 3, 1), make_space()
+    first, space = date(2024, 3, 1), draw_space(40, 4, 3)
     storage = open_log(places, TINY.name)
     write_space(storage, space, {})
     rows = [[user, 1 + (user * place) % 40, 1, day_start(first) + place] for user in range(1, 9) for place in range(20)]

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made import SPACE, make_bundle
+from made import MEASURED, SPACE, make_bundle
 
 from encode.cli import main
 from encode.config import ReleaseConfig
@@ -18,19 +18,7 @@ from encode.release_report import MEANINGS, Side, changes, shift, to_html, to_ma
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 2, 400)
 LENGTHS = RANDOM.integers(0, 3000, 400)
-METRICS = {
-    "impressions": 400.0,
-    "positives": 200.0,
-    "auc": 0.8,
-    "gauc": 0.7,
-    "auc_first_time": 0.7,
-    "logloss": 0.3,
-    "calibration": 1.1,
-    "coverage": 0.95,
-    "parity": 1e-6,
-    "latency_ms": 5.0,
-    "size_mb": 30.0,
-}
+METRICS = {"impressions": 400.0, "positives": 200.0, **MEASURED}
 
 
 @pytest.fixture(scope="module")

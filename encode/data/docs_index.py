@@ -9,6 +9,8 @@ from datetime import date
 from html import escape
 from typing import TypeVar
 
+from encode.pages import POLICY
+
 T = TypeVar("T")
 
 _PANELS = (
@@ -63,8 +65,7 @@ def index_page(lines: Sequence[DayLine], uri: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validated days</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{_STYLE}</style></head><body><h1>Validated days, {first} to {last}</h1>"
+        f"{POLICY}<style>{_STYLE}</style></head><body><h1>Validated days, {first} to {last}</h1>"
         f"<p>{escape(uri)}: {len(lines)} days, {len(warned)} with something to look at. Shaded: what is usual, by the "
         'days before; <span class="key">&#9679;</span> outside of it, <span class="key">|</span> a refused day.</p>'
         f"{panels}<h2>Days to look at <small>newest first</small></h2><table>{rows}</table></body></html>\n"

@@ -28,6 +28,7 @@ from encode.config import ValidationConfig
 from encode.data.trends import Measure
 from encode.data.verdicts import REASONS, Verdict, count_reasons
 from encode.errors import EncodeError
+from encode.pages import POLICY
 from encode.schema import SECONDS_PER_DAY, day_start
 
 _MEASURE = "expect_measure_to_be_between"
@@ -35,7 +36,6 @@ _FROM_ELSEWHERE = re.compile(
     r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\('[^']*'\)[^;]*;",
     re.DOTALL,
 )
-_POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 _STYLE = """<style>
 body{font:14px/1.5 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}h4,h5,h6{margin:.4rem 0}
 table{border-collapse:collapse;margin:.5rem 0}
@@ -282,6 +282,6 @@ def _render(day: date, result: Any, tables: str, *, published: bool) -> bytes:
     result.results = [one for one in result.results if one.expectation_config.type != _MEASURE]
     result.success = published
     html: str = _view().render(renderer.render(result))
-    html = _FROM_ELSEWHERE.sub("", html).replace("<head>", "<head>" + _POLICY, 1)
+    html = _FROM_ELSEWHERE.sub("", html).replace("<head>", "<head>" + POLICY, 1)
     html = html.replace("</head>", _STYLE + "</head>", 1).replace("<body>", "<body>" + tables, 1)
     return re.sub(r"\s*\n\s*", "\n", html).encode()

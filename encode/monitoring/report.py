@@ -28,6 +28,7 @@ from encode.monitoring.sample import Sample, read_sample
 from encode.monitoring.stability import counts_of
 from encode.monitoring.style import STYLE
 from encode.outputs import Manifest, read_manifest
+from encode.pages import POLICY
 from encode.pointers import Pointer
 from encode.schema import SECONDS_PER_DAY, day_start
 from encode.storage import LostRace, Storage
@@ -141,8 +142,7 @@ def render(
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<style>{STYLE}</style></head><body><main>"
+        f"{POLICY}<style>{STYLE}</style></head><body><main>"
         f"<h1>{escape(title)}</h1><p>Interests of all users in space <code>{escape(space_id)}</code>, "
         f"nothing of {as_of} or later used.</p>{''.join(sections)}</main></body></html>\n"
     )

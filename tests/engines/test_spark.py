@@ -16,18 +16,17 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import draw_space
 
 import encode
-from encode.config import ClusteringConfig, Places, RefreshConfig
+from encode.config import Places, RefreshConfig
 from encode.data.erasures import erase_users
-from encode.data.vocabulary import Vocabulary
 from encode.engines import spark, spark_session
 from encode.engines.local import LocalEngine
 from encode.engines.spark import SparkEngine
 from encode.errors import ArtifactError, ConfigError, DataError, QualityError
 from encode.interests.refresh import refresh_interests
 from encode.interests.snapshots import write_space
-from encode.model.space import Space, SpaceConfig
 from encode.schema import bucket_of
 from encode.storage import open_storage
 
@@ -400,7 +399,7 @@ def test_a_session_of_its_own_starts_and_stops_quietly():
 @pytest.mark.parametrize("store", ["folder", "s3"], indirect=True)
 def test_a_refresh_on_spark_writes_the_bytes_of_the_local_engine(engine, store, write_day, tmp_path_factory):
     """Everybody on the first day, then a day on top, one user erased: histories, interests, manifests and pointers."""
-    space = make_space()
+    space = draw_space(1_000, 8, 5, 12, 6)
     config = RefreshConfig(min_buckets=NUM_BUCKETS)
     local = places(store=str(tmp_path_factory.mktemp("local")), scratch=tmp_path_factory.mktemp("scratch"))
     stores = [open_storage(one) for one in (local, store)]
@@ -415,12 +414,3 @@ def test_a_refresh_on_spark_writes_the_bytes_of_the_local_engine(engine, store, 
     assert sum(key.startswith("interests/") for key in keys) > 2 * NUM_BUCKETS
     assert stores[1].list("") == keys
     assert [key for key in keys if stores[0].get(key) != stores[1].get(key)] == []
-
-
-def make_space():
-    rng = np.random.default_rng(0)
-    vocabulary = Vocabulary(np.arange(1, 9), np.arange(1, 1001), 1 + np.arange(1000) % 8)
-    embedding = rng.normal(size=(len(vocabulary), 12)).astype(np.float32)
-    key = embedding[:, :6] / np.linalg.norm(embedding[:, :6], axis=1, keepdims=True)
-    config = SpaceConfig(ClusteringConfig(num_clusters=5), "relevance", 5, 50)
-    return Space(config, vocabulary, embedding, key, np.zeros((12, 6), np.float32), 8.0)

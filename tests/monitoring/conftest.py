@@ -6,29 +6,19 @@ from datetime import date, timedelta
 
 import numpy as np
 import pytest
+from made import draw_space
 
-from encode.config import ClusteringConfig, Places, RefreshConfig
+from encode.config import Places, RefreshConfig
 from encode.data.erasures import erase_users
-from encode.data.vocabulary import Vocabulary
 from encode.engines.local import LocalEngine
 from encode.interests.refresh import refresh_interests
 from encode.interests.snapshots import folder_of, write_space
-from encode.model.space import Space, SpaceConfig
 from encode.outputs import read_manifest
 from encode.pointers import read_pointer
 from encode.schema import day_start
 
 START, NUM_USERS, NUM_ITEMS = date(2024, 3, 1), 60, 80
 CONFIG = RefreshConfig(min_buckets=4, max_drift=9.0)
-
-
-def make_space():
-    rng = np.random.default_rng(0)
-    vocabulary = Vocabulary(np.arange(1, 9), np.arange(1, NUM_ITEMS + 1), 1 + np.arange(NUM_ITEMS) % 8)
-    embedding = rng.normal(size=(len(vocabulary), 6)).astype(np.float32)
-    key = embedding[:, :4] / np.linalg.norm(embedding[:, :4], axis=1, keepdims=True)
-    config = SpaceConfig(ClusteringConfig(num_clusters=4), "relevance", 5, 50)
-    return Space(config, vocabulary, embedding, key, np.zeros((6, 4), np.float32), 8.0)
 
 
 def draw(number, users, num_rows):
@@ -40,7 +30,7 @@ def draw(number, users, num_rows):
 
 @pytest.fixture(scope="session")
 def space():
-    return make_space()
+    return draw_space(NUM_ITEMS, 8, 4)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from encode.interests.extract import extract, state_of
 from encode.interests.snapshots import folder_of, snapshot_bytes, snapshot_file, write_space
 from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import ModelCard, model_digest, model_files
-from encode.model.space import SpaceConfig, space_of
+from encode.model.space import Space, SpaceConfig, space_of
 from encode.outputs import write_output
 from encode.pointers import publish, read_pointer
 from encode.registry import Version
@@ -35,6 +35,30 @@ VOCABULARY = Vocabulary(np.array([1, 2, 3]), ITEMS, 1 + ITEMS % 3)
 SETTINGS = SpaceConfig(ClusteringConfig(num_clusters=4), MODEL.pooling, MODEL.recent_length, MODEL.num_remembered)
 START, AS_OF, END = date(2024, 3, 1), date(2024, 3, 11), date(2024, 3, 12)
 UNKNOWN_USER = 999
+
+
+MEASURED = {
+    "auc": 0.8,
+    "gauc": 0.7,
+    "auc_first_time": 0.7,
+    "logloss": 0.3,
+    "calibration": 1.1,
+    "coverage": 0.95,
+    "parity": 1e-6,
+    "latency_ms": 5.0,
+    "size_mb": 30.0,
+}
+"""What a release measures that passes its gates."""
+
+
+def draw_space(num_items, num_categories, num_clusters, embedding_dim=6, projected_dim=4):
+    """A space whose embeddings are drawn, items from 1 on, each of the next category."""
+    rng, items = np.random.default_rng(0), np.arange(num_items)
+    vocabulary = Vocabulary(np.arange(1, num_categories + 1), 1 + items, 1 + items % num_categories)
+    embedding = rng.normal(size=(len(vocabulary), embedding_dim)).astype(np.float32)
+    key = embedding[:, :projected_dim] / np.linalg.norm(embedding[:, :projected_dim], axis=1, keepdims=True)
+    config = SpaceConfig(ClusteringConfig(num_clusters=num_clusters), "relevance", 5, 50)
+    return Space(config, vocabulary, embedding, key, np.zeros((embedding_dim, projected_dim), np.float32), 8.0)
 
 
 def make_model(seed):
