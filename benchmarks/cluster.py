@@ -138,7 +138,10 @@ def torch_ways(keys: np.ndarray, shape: Shape) -> dict[str, Way]:
     """Our own torch path, with our seeding."""
     count = shape.rival_users
     arguments = keys[: count * shape.length], offsets_of(count, shape.length), np.arange(count), CONFIG
-    return {"threads within a batch": lambda: kmeans_torch.cluster(*arguments)}
+    ways: dict[str, Way] = {"threads within a batch": lambda: kmeans_torch.cluster(*arguments)}
+    if torch.cuda.is_available():
+        ways["iterations on the GPU"] = lambda: kmeans_torch.cluster(*arguments, device="cuda")
+    return ways
 
 
 def build_limit(folder: Path) -> Any:

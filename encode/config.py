@@ -203,8 +203,8 @@ class RefreshConfig(Section):
     engine: Literal["local", "spark"] = "local"
     """Where the work runs; for `spark`, ENCODE_SPARK_MASTER says on which cluster."""
     kmeans: Literal["compiled", "torch", "torch-cuda"] = "compiled"
-    """What clusters: the compiled kernel on the CPU, or PyTorch on the CPU or on a GPU. They round differently, so a
-    behavior all but equally close to two centers may fall to the other one."""
+    """What clusters: the compiled kernel on the CPU, which is the fastest, or PyTorch on the CPU or on a GPU, to compare
+    with. They round differently, so a behavior all but equally close to two centers may fall to the other one."""
     memory_gb: Annotated[float, Field(gt=0)] = 3.0
     """Memory that the local engine may use, GiB; less of it lets fewer buckets be worked on at a time."""
     rows_per_bucket: Annotated[int, Field(ge=1000)] = 2_000_000

@@ -10,6 +10,8 @@ from typing import Any
 Row = dict[str, Any]
 CEILING = "full"
 """The model that others are compared with, seed by seed."""
+TIMED_ON = ("python", "torch", "numpy", "machine", "threads")
+"""What of a cell's environment must be equal for its times to be averaged with others'."""
 MEASURES = ("auc", "gauc", "auc_first_time", "gauc_first_time", "logloss", "calibration")
 
 
@@ -19,12 +21,15 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
     `auc_minus_full` is the mean over seeds of the difference to full attention with the same seed, on the same
     impressions, and `auc_minus_full_se` its standard error: what seeds have in common is not in it. What is not
     defined is None: standard errors with one seed, and a measure that any of the seeds does not have.
+
+    Seeds may come from several machines; times are of those that ran where the first seed did.
     """
 
     def key(cell: Row) -> tuple[str, str, int]:
         return (cell["task"], cell["model"], cell["window"] or 0)
 
-    by_series = {series: list(group) for series, group in groupby(sorted(cells, key=key), key)}
+    by_seed = sorted(cells, key=lambda cell: (*key(cell), cell["seed"]))
+    by_series = {series: list(group) for series, group in groupby(by_seed, key)}
     rows = []
     for (task, model, window), group in by_series.items():
         row: Row = {"dataset": task.partition("/")[0], "task": task, "model": model, "window": window or None}
@@ -38,20 +43,25 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
         for name in ("auc", "gauc"):
             differences = [_difference(ours[name], theirs[name]) for ours, theirs in paired]
             row[f"{name}_minus_full"], row[f"{name}_minus_full_se"] = mean_and_error(differences)
-        row["cost_ms_per_1000"], _ = mean_and_error([cell["cost"]["ms_per_1000"] for cell in group])
+        timed = [cell for cell in group if _ran_on(cell) == _ran_on(group[0])]
+        row["cost_ms_per_1000"], _ = mean_and_error([cell["cost"]["ms_per_1000"] for cell in timed])
         row["cost_ms_by_length"] = {
-            length: mean_and_error([cell["cost"]["ms_by_length"][length] for cell in group])[0]
+            length: mean_and_error([cell["cost"]["ms_by_length"][length] for cell in timed])[0]
             for length in group[0]["cost"]["ms_by_length"]
         }
         row["state_bytes"] = group[0]["cost"]["state_bytes"]
         row["parameters"] = sum(group[0]["parameters"].values())
         row["parameters_long_term"] = group[0]["parameters"]["long_term"]
-        row["training_seconds"], _ = mean_and_error([cell["seconds"]["training"] for cell in group])
+        row["training_seconds"], _ = mean_and_error([cell["seconds"]["training"] for cell in timed])
         if group[0]["fidelity"] is not None:
             row["fidelity"], row["fidelity_se"] = mean_and_error([cell["fidelity"]["correlation"] for cell in group])
             row["fidelity_max_error"] = max(cell["fidelity"]["max_error"] for cell in group)
         rows.append(row)
     return rows
+
+
+def _ran_on(cell: Row) -> list[Any]:
+    return [cell["environment"].get(name) for name in TIMED_ON]
 
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float | None, float | None]:

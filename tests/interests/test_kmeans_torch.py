@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,11 @@ from encode.config import ClusteringConfig
 from encode.errors import DataError
 from encode.interests import kmeans, kmeans_torch
 from encode.interests.kmeans import Starts
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
 
 
 def unit(vectors) -> np.ndarray:
@@ -30,18 +36,20 @@ def random_users(rng, num_users, longest, dim, spread):
     return keys, offsets, rng.integers(2**62, size=num_users)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("longest", [40, 1500])
-def test_labels_are_equal_on_separated_data(longest, monkeypatch):
+def test_labels_are_equal_on_separated_data(longest, device, monkeypatch):
     monkeypatch.setattr(kmeans_torch, "_BATCH", 4000)
     keys, offsets, seeds = random_users(np.random.default_rng(0), 30, longest, 8, 0.05)
     config = ClusteringConfig(num_clusters=6)
     expected = kmeans.cluster(keys, offsets, seeds, config)
-    np.testing.assert_array_equal(kmeans_torch.cluster(keys, offsets, seeds, config), expected)
+    np.testing.assert_array_equal(kmeans_torch.cluster(keys, offsets, seeds, config, device=device), expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.integers(1, 6), st.integers(1, 9), st.integers(0, 9))
 @settings(deadline=None, max_examples=60)
-def test_labels_are_equal_on_small_histories(seed, longest, dim, num_clusters, most_given):
+def test_labels_are_equal_on_small_histories(device, seed, longest, dim, num_clusters, most_given):
     """Any spread, with duplicates, zero vectors, empty histories, starts that are too few, too many or useless."""
     rng = np.random.default_rng(seed)
     keys, offsets, seeds = random_users(rng, 5, longest, dim, rng.random() * 2)
@@ -49,7 +57,8 @@ def test_labels_are_equal_on_small_histories(seed, longest, dim, num_clusters, m
     starts = Starts(unit(rng.normal(size=(counts.sum(), dim))), np.append(0, np.cumsum(counts)))
     config = ClusteringConfig(num_clusters=num_clusters, num_iterations=4)
     expected = kmeans.cluster(keys, offsets, seeds, config, starts)
-    found = kmeans_torch.cluster(keys, offsets, seeds, config, starts)
+    found = kmeans_torch.cluster(keys, offsets, seeds, config, starts, device)
+    np.testing.assert_array_equal(kmeans_torch.cluster(keys, offsets, seeds, config, starts, device), found)
     if (found != expected).any():  # a near tie, decided by the last bit of a sum
         ours, theirs = (kmeans.inertia(keys, offsets, labels, num_clusters) for labels in (expected, found))
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)

@@ -24,6 +24,7 @@ def cell(model, seed, auc, window=None, **changed):
         "metrics": metrics | changed.pop("metrics", {}),
         "cost": {"ms_per_1000": 2.0 + seed, "ms_by_length": {"100": 1.0, "1000": 2.0 + seed}, "state_bytes": 6532},
         "fidelity": None,
+        "environment": {"python": "3.12.3", "torch": "2.13.0", "numpy": "2.4.6", "machine": "x86_64", "threads": 1},
         "parameters": {"tables": 100, "long_term": 7, "others": 20},
         "seconds": {"training": 10.0 + 2 * seed, "all": 20.0},
         **changed,
@@ -54,6 +55,17 @@ def test_a_row_is_the_mean_over_seeds():
     assert row["training_seconds"] == pytest.approx(12)
     assert (row["parameters"], row["parameters_long_term"], row["state_bytes"]) == (127, 7, 6532)
     assert "fidelity" not in row
+
+
+def test_times_are_of_the_seeds_that_ran_where_the_first_did():
+    elsewhere = cell("encode", 0, 0.7)["environment"] | {"torch": "2.11.0", "commit": "1234567"}
+    row = row_of(
+        [cell("encode", 2, 0.9, environment=elsewhere), cell("encode", 1, 0.8), cell("encode", 0, 0.7)], "encode"
+    )
+    assert (row["seeds"], row["auc"]) == (3, pytest.approx(0.8))
+    assert row["cost_ms_per_1000"] == pytest.approx(2.5)
+    assert row["cost_ms_by_length"]["1000"] == pytest.approx(2.5)
+    assert row["training_seconds"] == pytest.approx(11)
 
 
 def test_differences_to_full_attention_are_paired_by_seed():
