@@ -88,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
     whole = with_step(add("run", _run_all, "run all steps in one process, without any server"), needs_workdir=True)
     whole.add_argument("--cache", type=Path, help="folder for downloads (default: the user's cache)")
+    whole.set_defaults(begins=True)
     land = with_step(add("land", _land, "split the preset's raw log into daily partitions"))
     land.add_argument("--cache", type=Path, help="folder for downloads (default: the user's cache)")
+    land.set_defaults(begins=True)
     validate = with_step(add("validate", _validate, "turn raw partitions into behaviors and quarantine"))
     validate.add_argument("--start", metavar="DAY", help="first day, YYYY-MM-DD")
     validate.add_argument("--end", metavar="DAY", help="first day that is not validated (default: one day)")
@@ -324,9 +326,11 @@ def _share(text: str) -> float:
 
 def _ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        if ids := [int(part) for part in text.split(",") if part.strip()]:
+            return ids
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected ids separated by commas, as 12,34,56") from None
+        pass
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected ids separated by commas, as 12,34,56")
 
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -334,15 +338,26 @@ def _ids(text: str) -> list[int]:
 
 def _places(options: argparse.Namespace) -> Places:
     from encode.config import Places
+    from encode.errors import ConfigError
 
     if options.workdir:
-        return Places.in_folder(options.workdir)
+        places = Places.in_folder(options.workdir)
+        if not (getattr(options, "begins", False) or Path(places.store).is_dir()):
+            raise ConfigError(
+                f"--workdir {options.workdir}: there is no store in it; `encode run` or `encode land` begins one"
+            )
+        return places
     return Places.from_environment(_environment())
 
 
 def _environment() -> dict[str, str]:
-    from encode.stack.home import load_client_environment
+    from encode.errors import ConfigError
+    from encode.stack import is_stopped, load_client_environment
 
+    if not os.environ.get("ENCODE_STORE") and is_stopped(HOME):
+        raise ConfigError(
+            f"the local stack in {HOME} is stopped: `encode stack up` starts it; or set ENCODE_STORE to another store"
+        )
     return {**load_client_environment(HOME), **os.environ}
 
 
@@ -373,7 +388,7 @@ def _run_all(options: argparse.Namespace) -> None:
     window = Window(
         parse_day(landed["first_day"], "first day"), parse_day(landed["last_day"], "last day") + timedelta(days=1)
     )
-    say(f"validating {window}")
+    say(f"validating {window.in_words()}")
     summary = {"land": landed, "validate": steps.validate(config, places, window, say)}
     say(f"training as of {window.end}")
     summary["train"] = steps.train(config, places, window.end, say)
@@ -563,7 +578,7 @@ def _explain(options: argparse.Namespace) -> None:
         return
     for interest in answer["interests"]:
         newest = datetime.fromtimestamp(interest["newest"], UTC)
-        items = ", ".join(item["name"] or str(item["item_id"]) for item in interest["top_items"][:3])
+        items = ", ".join(f"{item['name'] or 'item'} ({item['item_id']})" for item in interest["top_items"][:3])
         attention = f"  attention {interest['attention']:.3f}" if "attention" in interest else ""
         print(
             f"{interest['weight']:6.1%} {interest['size']:>6} behaviors, newest {newest:%Y-%m-%d}{attention}  {items}"
@@ -595,6 +610,8 @@ def _lineage(options: argparse.Namespace) -> None:
     if not options.json:
         for line in tree(found):
             print(line)
+        if options.verify:
+            print(f"{lineage.files_read:,} files were read and held against their digests")
     if problems := found.all_problems():
         raise ArtifactError(f"lineage: {len(problems)} links are missing, damaged or not as recorded")
 

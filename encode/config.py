@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     """Epochs without a better validation GAUC before training stops."""
     histories_per_batch: Positive = 64
     """Histories (one user as of one snapshot day) that one update pools, with all their impressions."""
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     num_threads: Annotated[int, Field(gt=0, le=1024)] = 2
     """Threads of an update. Another number gives other bytes: sums are taken in another order."""
@@ -203,8 +203,8 @@ class RefreshConfig(Section):
     engine: Literal["local", "spark"] = "local"
     """Where the work runs; for `spark`, ENCODE_SPARK_MASTER says on which cluster."""
     kmeans: Literal["compiled", "torch", "torch-cuda"] = "compiled"
-    """What clusters: the compiled kernel on the CPU, which is the fastest, or PyTorch on the CPU or on a GPU, to compare
-    with. They round differently, so a behavior all but equally close to two centers may fall to the other one."""
+    """What clusters: the compiled kernel on the CPU, the fastest, or PyTorch on the CPU or on a GPU, to compare with.
+    They round differently, so a behavior all but equally close to two centers may fall to the other one."""
     memory_gb: Annotated[float, Field(gt=0)] = 3.0
     """Memory that the local engine may use, GiB; less of it lets fewer buckets be worked on at a time."""
     rows_per_bucket: Annotated[int, Field(ge=1000)] = 2_000_000
@@ -292,12 +292,10 @@ def load_config(preset: str) -> Config:
     Raises:
         ConfigError: names the preset, the key, what was found and what was expected.
     """
-    import yaml
-
     if preset.endswith((".yaml", ".yml")):
         path = Path(preset)
         if not path.is_file():
-            raise ConfigError(f"preset {preset}: no such file")
+            raise ConfigError(f"preset {preset}: {'a folder, expected a' if path.is_dir() else 'no such'} file")
         try:
             text, folder = path.read_text(encoding="utf-8-sig"), path.absolute().parent
         except UnicodeDecodeError as error:
@@ -306,17 +304,34 @@ def load_config(preset: str) -> Config:
         text, folder = (resources.files("encode") / "presets" / f"{preset}.yaml").read_text(), None
     else:
         raise ConfigError(f"preset {preset!r}: unknown; have {', '.join(presets())}, or give a path to a .yaml file")
-    try:
-        values: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"preset {preset}: not YAML: {' '.join(str(error).split())}") from None
+    values = _parsed(preset, text)
     if not isinstance(values, dict):
-        raise ConfigError(f"preset {preset}: found {type(values).__name__}, expected settings as `section: ...`")
+        found = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"preset {preset}: found {found}, expected settings as `section: ...`")
     config = _validated(preset, {"name": Path(preset).stem} | values)
     source = config.source
     if folder and source.path and not source.path.is_absolute():
         config = config.model_copy(update={"source": source.model_copy(update={"path": folder / source.path})})
     return config
+
+
+def _parsed(preset: str, text: str) -> Any:
+    """Parse YAML; a key that stands there twice, of which YAML would silently take the last, is refused."""
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        for section in (root, *(value for _, value in root.value)) if isinstance(root, yaml.MappingNode) else ():
+            seen: set[str] = set()
+            for key, _ in section.value if isinstance(section, yaml.MappingNode) else ():
+                if str(key.value) in seen:
+                    raise ConfigError(f"preset {preset}: {key.value} a second time in line {key.start_mark.line + 1}")
+                seen.add(str(key.value))
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"preset {preset}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"preset {preset}: nested too deeply, expected settings as `section: ...`") from None
 
 
 def _validated(preset: str, values: Mapping[str, Any]) -> Config:

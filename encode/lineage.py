@@ -80,6 +80,8 @@ class Lineage:
         self._damaged: dict[str, tuple[str, ...]] = {}
         self._of_owners: dict[str, str] = {}
         self._shown: set[str] = set()
+        self.files_read = 0
+        """How many files were held against their digests, if `verify`."""
 
     def trace(self, what: str) -> Node:
         """Return the lineage of a bundle id, a snapshot, a partition, a version's number, or any output by its key.
@@ -272,6 +274,7 @@ class Lineage:
             day = date.fromisoformat(prefix.removeprefix("raw/dt="))
             raw = find_raw_days(self._storage, [day]).get(day)
             self._of_owners[prefix] = fingerprint(raw.digests) if raw else "nothing"
+            self.files_read += len(raw.digests) if raw else 0
         return self._of_owners[prefix]
 
     def _damages(self, prefix: str, manifest: Manifest) -> tuple[str, ...]:
@@ -282,6 +285,7 @@ class Lineage:
 
     def _find_damages(self, prefix: str, manifest: Manifest) -> Iterator[str]:
         if self._verify:
+            self.files_read += len(manifest.parts)
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
                 yield from filter(None, pool.map(lambda part: self._damage(prefix, part), manifest.parts))
             return

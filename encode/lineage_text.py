@@ -31,11 +31,16 @@ def _lines(nodes: Sequence[Node], depth: int, arrow: str) -> Iterator[str]:
         yield from (f"{indent}  ! {problem}" for problem in first.problems)
         for way, sign in (("made_from", "from "), ("goes_into", "into ")):
             below = [one for node in run for one in getattr(node, way)]
-            yield from _lines(below, depth + 1, sign)
+            yield from _lines(_each_once(below), depth + 1, sign)
     left = [node for run in runs[_MOST_SHOWN:] for node in run]
     if left:
-        yield f"{indent}{arrow}{len(left)} more {left[0].kind}; --json tells all"
+        yield f"{indent}{arrow}{len(left):,} more; --json tells all"
         yield from (f"{indent}  ! {line}" for node in left for line in node.all_problems())
+
+
+def _each_once(nodes: Sequence[Node]) -> list[Node]:
+    """Leave out what days in a row have in common: the files of the log that all of them were split from."""
+    return list({canonical_json(node.as_json()): node for node in nodes}.values())
 
 
 def _runs(nodes: Sequence[Node]) -> Iterator[list[Node]]:

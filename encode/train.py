@@ -23,7 +23,7 @@ from encode.data.histories import Histories, to_batch
 from encode.data.impressions import Splits, draw_impressions, snapshot_times, split_days
 from encode.data.vocabulary import Vocabulary, build_vocabulary
 from encode.distributed import place, sum_arrays, sum_gradients
-from encode.errors import DataError
+from encode.errors import ConfigError, DataError
 from encode.evaluate.batches import Batch, batches
 from encode.evaluate.metrics import curves, summary
 from encode.evaluate.reading import predict, read_batch
@@ -68,6 +68,7 @@ def train(histories: Histories, as_of: date, config: Config, say: Callable[[str]
 
     Raises:
         DataError: there is not enough to train on.
+        ConfigError: training diverged.
     """
     torch.manual_seed(config.training.seed)
     splits = split_days(Window(day_of(int(histories.timestamps.min())), as_of), config.training)
@@ -128,6 +129,7 @@ def fit(
 
     Raises:
         DataError: no user of the validation days has both classes.
+        ConfigError: the loss or the embeddings became infinite or no number.
     """
     optimizers = optimizers_of(tables, reader, training)
     torch.manual_seed(training.seed + place()[0])  # of dropout, which each process draws for itself
@@ -139,6 +141,7 @@ def fit(
     for epoch in range(training.num_epochs):
         started = time.monotonic()
         losses = run_epoch(tables, reader, train, model, training, optimizers, rng, generator, say)
+        _refuse_diverged(epoch, losses, tables, training)
         reader.eval()
         items = _follow(tables, reader, train)
         measured = summary(shown.user, shown.labels, predict(items, reader, valid), shown.first_time)
@@ -157,6 +160,15 @@ def fit(
     tables.load_state_dict(best[0])
     reader.load_state_dict(best[1])
     return epochs
+
+
+def _refuse_diverged(epoch: int, losses: Mapping[str, float], tables: Tables, training: TrainingConfig) -> None:
+    if all(map(math.isfinite, losses.values())) and all(bool(p.isfinite().all()) for p in tables.parameters()):
+        return
+    raise ConfigError(
+        f"training diverged in epoch {epoch + 1} (loss {losses['loss']:g}); lower training.learning_rate, "
+        f"found {training.learning_rate:g}"
+    )
 
 
 def optimizers_of(tables: Tables, reader: Reader, training: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -106,6 +106,7 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["erase", "0", "--workdir", "x"], 2, "erase: 0 is not a user id"),
         (["erase", "somebody", "--workdir", "x"], 2, "argument USER: invalid int value: 'somebody'"),
         (["score", "--user", "1", "--items", "a,b"], 2, "expected ids separated by commas"),
+        (["score", "--user", "1", "--items", ","], 2, "expected ids separated by commas"),
         (
             ["score", "--user", "1", "--items", "2", "--workdir", "x"],
             1,
@@ -115,10 +116,18 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
     ],
 )
 def test_a_users_mistake_gets_one_clear_line_and_no_traceback(tmp_path, arguments, status, message):
+    (tmp_path / "x" / "store").mkdir(parents=True)
     done = encode(*arguments, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["explain", "1"], ["monitor", "--as-of", "2024-01-01"], ["lineage", "1"]])
+def test_a_command_that_reads_begins_no_folder(tmp_path, arguments):
+    done = encode(*arguments, "--workdir", "mistyped", cwd=tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "--workdir mistyped: there is no store in it; `encode run` or `encode land` begins one" in done.stderr
 
 
 @pytest.mark.parametrize("number", ["abc", "", "-1", "1.0", "²", "9" * 20])

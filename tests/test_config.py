@@ -43,7 +43,12 @@ def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp
         ("training: {num_threads: 3000}", "training.num_threads: .*less than or equal to 1024, found 3000"),
         ("registry: {model_name: 'a/b:c'}", "registry.model_name: .*found 'a/b:c'"),
         ("release: {max_latency_ms: 1e999}", "release.max_latency_ms: Input should be a finite number"),
+        ("training: {learning_rate: 2}", "training.learning_rate: .*less than or equal to 1, found 2"),
         ("- a list", "found list, expected settings"),
+        ("", "found nothing, expected settings"),
+        ("[" * 5000, "nested too deeply"),
+        ("name: a\nmodel: {}\nmodel: {}", "model a second time in line 3"),
+        ("model: {recent_length: 5, recent_length: 6}", "recent_length a second time in line 1"),
         ("a: [", "not YAML"),
         ("source: {reader: csv}", "source.reader: Input should be 'parquet'"),
     ],
@@ -58,6 +63,12 @@ def test_an_unknown_preset_names_those_that_exist():
         load_config("nope")
     with pytest.raises(ConfigError, match="no such file"):
         load_config("nope.yaml")
+
+
+def test_a_folder_is_no_preset(tmp_path):
+    (tmp_path / "mine.yaml").mkdir()
+    with pytest.raises(ConfigError, match="a folder, expected a file"):
+        load_config(str(tmp_path / "mine.yaml"))
 
 
 def test_settings_cannot_be_changed_after_they_were_checked():

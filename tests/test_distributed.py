@@ -12,6 +12,7 @@ import torch
 
 from encode.config import ClusteringConfig, ModelConfig, TrainingConfig
 from encode.distributed import joined, place, sum_arrays, sum_gradients
+from encode.errors import ConfigError
 from encode.evaluate.reading import predict
 from encode.evaluate.replay import make_replay
 from encode.interests.clustered import Clustered
@@ -23,7 +24,7 @@ MODEL = ModelConfig(embedding_dim=12, category_dim=4, projected_dim=6, recent_le
 TRAINING = TrainingConfig(num_epochs=2, patience=2, histories_per_batch=7, learning_rate=1e-3)
 
 
-def trained():
+def trained(training=TRAINING):
     """Weights, validation metrics and predictions after two epochs on a small log."""
     torch.set_num_threads(1)
     task = load_task("planted", None, lambda line: None, quick=True)
@@ -35,7 +36,7 @@ def trained():
     torch.manual_seed(0)
     tables = Tables(MODEL, torch.from_numpy(task.vocabulary.category_index), task.vocabulary.num_categories)
     reader = Reader(MODEL, Clustered(MODEL, ClusteringConfig(num_clusters=4)))
-    epochs = fit(tables, reader, replays["train"], replays["valid"], MODEL, TRAINING, lambda line: None)
+    epochs = fit(tables, reader, replays["train"], replays["valid"], MODEL, training, lambda line: None)
     predicted = predict(tables.all_items(), reader, replays["valid"])
     return {"weights": {**tables.state_dict(), **reader.state_dict()}, "epochs": epochs, "predicted": predicted}
 
@@ -60,6 +61,11 @@ def test_two_processes_give_the_model_of_one(tmp_path):
             assert epoch["auxiliary"] == pytest.approx(expected["auxiliary"], rel=1e-2)
             assert epoch["triplet"] == pytest.approx(expected["triplet"], abs=1e-3)
             assert epoch["valid_auc"] == pytest.approx(expected["valid_auc"], abs=1e-3)
+
+
+def test_a_rate_at_which_training_diverges_is_named():
+    with pytest.raises(ConfigError, match=r"diverged in epoch 1 .*lower training.learning_rate, found 1e\+30"):
+        trained(TRAINING.model_copy(update={"learning_rate": 1e30}))
 
 
 def test_alone_there_is_nobody_to_wait_for():

@@ -391,6 +391,16 @@ def test_days_that_say_the_same_are_one_line(store, lineage):
     assert lines[0].startswith("version 1  served, as of 2024-03-03, champion, ")
 
 
+def test_files_that_days_were_split_from_are_told_once():
+    log = (Node("source", "log.parquet", {"digest": "f00"}), Node("source", "items.parquet", {"digest": "ba4"}))
+    days = tuple(Node("raw", f"raw/dt=2024-02-{day}", made_from=log) for day in (27, 28, 29))
+    assert [line.strip() for line in tree(Node("behaviors", "behaviors/x", made_from=days))][1:] == [
+        "from raw/dt=2024-02-27 .. dt=2024-02-29 (3 days)",
+        "from log.parquet  digest f00",
+        "from items.parquet  digest ba4",
+    ]
+
+
 def test_days_that_are_not_in_a_row_have_lines_of_their_own():
     days = ("2024-02-28", "2024-02-29", "2024-03-01", "2024-03-03")
     node = Node("histories", "histories/x", made_from=tuple(Node("behaviors", f"behaviors/dt={one}") for one in days))
