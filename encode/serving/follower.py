@@ -25,6 +25,8 @@ from encode.serving.trial import Asked, Recorder, timed, try_bundle
 from encode.storage import Storage, open_storage
 
 _STOP_SECONDS = 1.0
+_MOST_REFUSED = 100
+"""Bundles that are remembered as refused; the oldest is forgotten first."""
 _LOG = logging.getLogger("uvicorn.error")
 
 
@@ -177,7 +179,7 @@ class Follower:
                 self.challenger = None
             else:
                 return
-            self.refused[bundle.chain] = why
+            self._refuse(bundle, why)
             if instead is None or instead.model_version != bundle.model_version:
                 self.withdrawn[bundle.model_version] = why
         self.error = f"bundle {bundle.id} of model version {bundle.model_version} was withdrawn: {why}"
@@ -239,9 +241,14 @@ class Follower:
         try:
             try_bundle(bundle, self.recorder.latest(), self._rollout.max_model_ms, self.bundle)
         except Exception as error:
-            self.refused[bundle.chain] = str(error) if isinstance(error, EncodeError) else type(error).__name__
+            self._refuse(bundle, str(error) if isinstance(error, EncodeError) else type(error).__name__)
             raise
         return bundle
+
+    def _refuse(self, bundle: Bundle, why: str) -> None:
+        self.refused[bundle.chain] = why
+        while len(self.refused) > _MOST_REFUSED:
+            del self.refused[next(iter(self.refused))]
 
     def _held(self) -> list[Bundle]:
         return [one for one in (self.bundle, self.previous, self.challenger) if one is not None]

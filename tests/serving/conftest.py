@@ -109,18 +109,19 @@ class Serving:
     def __init__(self, workdir, folder, *options, **settings):
         self.port = free_port(())
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "encode.cli", "serve", "--preset", "tiny", "--workdir", str(workdir)]
+        command = [sys.executable, "-m", "encode.cli", "serve", "--preset", "tiny"]
+        command += ["--workdir", str(workdir)] if workdir else []
         command += ["--cache", str(folder / "cache"), "--port", str(self.port), *options]
         self._log = (folder / f"{self.port}.log").open("w+")
         self.process = subprocess.Popen(
             command, env=ENVIRONMENT | settings, stderr=self._log, stdout=subprocess.DEVNULL
         )
 
-    def wait_until_ready(self):
+    def wait_until_ready(self, path="/ready"):
         for _ in range(600):
             assert self.process.poll() is None, self.log()
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready").status_code == 200:
+                if httpx.get(f"{self.url}{path}").status_code == 200:
                     return
             time.sleep(0.1)
         raise AssertionError(self.log())
@@ -146,13 +147,13 @@ class Serving:
 
 @pytest.fixture
 def start_serving(workdir, tmp_path):
-    """A function that starts `encode serve` with options and settings, and waits until it is ready."""
+    """A function that starts `encode serve` with options and settings, and waits until it is ready, or alive only."""
     started = []
 
-    def start(*options, workdir=workdir, **settings):
+    def start(*options, workdir=workdir, until="/ready", **settings):
         serving = Serving(workdir, tmp_path, *options, **settings)
         started.append(serving)
-        serving.wait_until_ready()
+        serving.wait_until_ready(until)
         return serving
 
     yield start

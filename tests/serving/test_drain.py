@@ -1,5 +1,8 @@
 """On SIGTERM a serving process is not ready at once, finishes what is under way, and ends with status 0."""
 
+import contextlib
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,6 +103,24 @@ def test_a_second_signal_ends_the_wait_for_load_balancers(start_serving):
 def test_ctrl_c_does_not_wait(start_serving):
     serving = start_serving("--drain-delay", "600")
     assert serving.stop(signal.SIGINT) == 130
+
+
+def test_a_store_that_hangs_does_not_hold_it_up(start_serving, workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    for part in (copy / "store" / "interests").rglob("*.arrow"):
+        part.unlink()
+        os.mkfifo(part)  # whoever opens it waits for somebody to write
+    serving = start_serving("--drain-delay", "0", workdir=copy, until="/health")
+    writing, patience = None, time.monotonic() + 60
+    while writing is None:
+        assert time.monotonic() < patience
+        with contextlib.suppress(OSError):  # as long as nobody reads
+            writing = os.open(part, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    began = time.monotonic()
+    assert serving.stop() == 0
+    assert time.monotonic() - began < 10
+    os.close(writing)
 
 
 def test_a_folder_of_snapshots_is_of_one_process_until_it_ends(start_serving, workdir, tmp_path, capsys):

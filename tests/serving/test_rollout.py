@@ -110,6 +110,17 @@ def test_a_bundle_whose_scores_are_not_numbers_is_refused_until_asked_again(clie
     assert state["refused"] == []
 
 
+def test_the_oldest_refusals_are_forgotten(client, registry, second, monkeypatch):
+    monkeypatch.setattr("encode.serving.follower._MOST_REFUSED", 2)
+    monkeypatch.setattr("encode.serving.trial._score", lambda *_: 1 / 0)
+    follower = client.app.state.follower
+    for number in ("2", "3", "4"):
+        registry.release(number, *second)
+        with pytest.raises(ZeroDivisionError):
+            follower.look()
+    assert [number for number, _ in follower.refused] == ["3", "4"]
+
+
 def test_a_slow_bundle_is_refused(bundle, monkeypatch):
     try_bundle(bundle, [], max_ms=1_000)
     with pytest.raises(ArtifactError, match=r"1,000 candidates take .* ms, expected at most 0\.0001"):
