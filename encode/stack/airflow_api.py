@@ -21,6 +21,7 @@ POLL_INTERVAL = 1.0
 LOG_LINES = 30
 PAGE = 100
 _PRINTED = "task.stdout"
+_OVER = ("success", "failed")
 _BACKFILL_TRIES = 20
 
 # An import error that the DAG processor has not taken back for so long is not of an older file.
@@ -257,8 +258,10 @@ class AirflowClient:
         answer = self.request("GET", path, params={"deserialize": "false", "stringify": "false"}, accept=(404,))
         return None if answer.status_code == 404 else _json(answer)["value"]
 
-    def wait_for_consumer(self, dag_id: str, source_run_id: str, timeout: float) -> Json:
+    def wait_for_consumer(self, dag_id: str, source_dag_id: str, source_run_id: str, timeout: float) -> Json:
         """Wait until an asset event of another DAG's run has triggered a run of `dag_id`, and return that run.
+
+        Ids of runs are unique within a DAG only.
 
         Raises:
             EncodeError: no run came in `timeout` seconds.
@@ -269,11 +272,14 @@ class AirflowClient:
             for run in reversed([run for run in self.runs(dag_id) if run["start_date"]]):
                 path = f"{_run_path(dag_id, run['dag_run_id'])}/upstreamAssetEvents"
                 events = _json(self.request("GET", path))["asset_events"]
-                if any(event["source_run_id"] == source_run_id for event in events):
+                if any(
+                    (one["source_dag_id"], one["source_run_id"]) == (source_dag_id, source_run_id) for one in events
+                ):
                     return run
             time.sleep(POLL_INTERVAL)
         raise EncodeError(
-            f"{dag_id}: no run was triggered by {source_run_id} in {timeout:.0f} s; is the DAG paused? See {self.url}"
+            f"{dag_id}: no run was triggered by {source_dag_id} {source_run_id} in {timeout:.0f} s; is the DAG paused? "
+            f"See {self.url}"
         )
 
     def run_url(self, dag_id: str, run_id: str) -> str:
@@ -341,8 +347,8 @@ def _task_name(task: Mapping[str, Any]) -> str:
 
 
 def _duration(task: Mapping[str, Any]) -> str:
-    # Running tasks report a duration too; only a finished one is worth saying.
-    return f" after {task['duration']:.1f} s" if task["end_date"] and task["duration"] is not None else ""
+    # One that waits for another try has a duration too, which counts while Airflow was stopped.
+    return f" after {task['duration']:.1f} s" if task["state"] in _OVER and task["duration"] is not None else ""
 
 
 def _log_line(line: str | Mapping[str, Any]) -> str:

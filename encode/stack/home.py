@@ -24,7 +24,7 @@ from typing import Any
 
 from encode.errors import ArtifactError, ConfigError
 from encode.stack.policies import ROLES
-from encode.stack.processes import ProcessRecord
+from encode.stack.processes import ProcessRecord, is_running
 
 MADE_BY = "encode.stack"
 FOLDERS = ("objectstore", "mlflow", "airflow", "serving", "logs")
@@ -55,12 +55,19 @@ class Entry:
         url: Where it answers.
         fingerprint: Digest of its command and environment when it was started.
         process: The process while it is meant to run, else None.
+        wanted: The main port that it gets whenever that is free: the usual one, or what was asked for; 0 is the one it
+            has, also where an earlier version did not note it.
     """
 
     ports: Mapping[str, int]
     url: str
     fingerprint: str
     process: ProcessRecord | None
+    wanted: int = 0
+
+    def is_alive(self) -> bool:
+        """Whether its process runs."""
+        return self.process is not None and is_running(self.process)
 
 
 @dataclass(frozen=True)

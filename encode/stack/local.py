@@ -1,6 +1,7 @@
 """Bring the whole stack up on this machine, look at it, take it down, remove it.
 
-A home remembers its ports and secrets, so that a stack that went down comes up as it was. `up`
+A home remembers its ports and secrets, so that a stack that went down comes up as it was; only a
+port that had to be moved goes back to where users expect it, once that is free. `up`
 describes what shall be: what runs that way already is left alone, what is dead is started, and
 what would run with another configuration (another DAG folder, a moved port) is restarted.
 """
@@ -23,7 +24,7 @@ from encode.stack.components import Component
 from encode.stack.home import Credentials, Entry, State, load_client_environment
 from encode.stack.processes import ProcessRecord
 
-__all__ = ["ComponentStatus", "Stack", "clean", "down", "load_client_environment", "status", "up"]
+__all__ = ["ComponentStatus", "Stack", "clean", "down", "is_stopped", "load_client_environment", "status", "up"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def up(
     Args:
         home: Folder for everything; made when it does not exist.
         dags_folder: Folder of the DAG files.
-        ports: Wanted port by component; 0 is any free one. Without a wish it is the port of the
-            last time, else the usual one, else a free one.
+        ports: Wanted port by component, also of later calls; 0 is any free one. Without a wish it is the
+            usual one, or, where that is taken or some of the stack runs, the one of the last time, else a free one.
         say: Receives progress, one line a call.
         components: Which components; the others are left as they are.
 
@@ -116,6 +117,15 @@ def status(home: Path) -> list[ComponentStatus]:
     known = [name for name in parts.NAMES if name in state.entries]
     built = {c.name: c for c in _components(home, state.entries, Path(), known)}
     return [_status(home, name, state.entries.get(name), built.get(name)) for name in parts.NAMES]
+
+
+def is_stopped(home: Path) -> bool:
+    """Whether a stack was started in `home`, and its object store, which every client needs, does not run."""
+    state = files.read_state(home.absolute())
+    if state is None:
+        return False
+    store = state.entries.get("objectstore")
+    return store is None or not store.is_alive()
 
 
 def down(home: Path, say: Callable[[str], None] = print) -> None:
@@ -168,7 +178,8 @@ def _bring_up(home: Path, state: State, wanted: Sequence[Component], say: Callab
     def begin(component: Component) -> ProcessRecord:
         begun.append(component)
         record = launch.start(component, _log(home, component.name), _marker(state, component.name))
-        entries[component.name] = Entry(component.ports, component.url, component.fingerprint, record)
+        settled = entries[component.name]
+        entries[component.name] = replace(settled, fingerprint=component.fingerprint, process=record)
         files.write_state(home, replace(state, entries=entries))
         return record
 
@@ -190,13 +201,13 @@ def _clear_remains(state: State, names: Sequence[str]) -> None:
     """End what a dead component left running: it may hold the ports."""
     for name in names:
         entry = state.entries.get(name)
-        if entry and entry.process and not processes.is_running(entry.process):
+        if entry and entry.process and not entry.is_alive():
             processes.stop([entry.process])
 
 
 def _down(home: Path, say: Callable[[str], None]) -> None:
     state = files.open_state(home)
-    alive = [name for name, entry in state.entries.items() if entry.process and processes.is_running(entry.process)]
+    alive = [name for name, entry in state.entries.items() if entry.is_alive()]
     say(f"stopping {', '.join(alive)}" if alive else "nothing was running")
     with _undisturbed():
         _stop(home, state, list(state.entries))
@@ -261,7 +272,7 @@ def _client_environment(credentials: Credentials, urls: Mapping[str, str]) -> di
 
 def _status(home: Path, name: str, entry: Entry | None, component: Component | None) -> ComponentStatus:
     log, url = _log(home, name), entry.url if entry else ""
-    if entry is None or component is None or entry.process is None or not processes.is_running(entry.process):
+    if entry is None or component is None or entry.process is None or not entry.is_alive():
         return ComponentStatus(name, "stopped", None, url, log)
     problem = component.problem()
     state = "running" if problem else "healthy"

@@ -1,4 +1,8 @@
-"""Which port each component gets: the wanted one, the one of the last time, the usual one, a free one."""
+"""Which port each component gets: the wanted one or the usual one, the one of the last time, a free one.
+
+A port that was moved because another program held it goes back once that is gone, but only when nothing of the stack
+runs: what runs was told where the others are, and would have to be restarted.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from encode.errors import ConfigError
-from encode.stack import components, processes
+from encode.stack import components
 from encode.stack.home import Entry
 
 # Below the range that systems hand out for outgoing connections, so that a port that was free when
@@ -21,34 +25,40 @@ def settle(entries: Mapping[str, Entry], wishes: Mapping[str, int]) -> dict[str,
 
     Args:
         entries: What the home remembers.
-        wishes: Wanted main port by component; 0 is the remembered one, else any free one.
+        wishes: Wanted main port by component, also for later calls; 0 is the remembered one, else any free one.
 
     Raises:
         ConfigError: A wanted port is taken.
     """
     settled = dict(entries)
     taken = {port for entry in entries.values() for port in entry.ports.values()}
+    may_return = not any(entry.is_alive() for entry in entries.values())
     for name in components.NAMES:
-        old = entries.get(name, Entry({}, "", "", None))
-        alive = old.process is not None and processes.is_running(old.process)
-        chosen = _choose(name, old.ports, alive, wishes.get(name), taken)
+        old = entries.get(name, Entry({}, "", "", None, components.DEFAULT_PORTS[name]))
+        wish = wishes.get(name)
+        wanted = old.wanted if wish is None else wish
+        chosen = _choose(name, old, wanted, bool(wish), may_return, taken)
         taken.update(chosen.values())
-        settled[name] = replace(old, ports=chosen, url=components.loopback(chosen["main"]))
+        settled[name] = replace(old, ports=chosen, url=components.loopback(chosen["main"]), wanted=wanted)
     return settled
 
 
-def _choose(name: str, old: Mapping[str, int], alive: bool, wish: int | None, taken: Collection[int]) -> dict[str, int]:
+def _choose(name: str, old: Entry, wanted: int, must: bool, may_return: bool, taken: Collection[int]) -> dict[str, int]:
     chosen: dict[str, int] = {}
+    alive = old.is_alive()
+
+    def fits(port: int, is_mine: bool) -> bool:
+        return (is_mine and alive) or (is_free(port) and (is_mine or port not in taken))
+
     for role in components.PORTS[name]:
-        usual = components.DEFAULT_PORTS[name] if role == "main" and wish is None else 0
-        wanted = wish if role == "main" and wish else old.get(role, usual)
-        is_mine = wanted == old.get(role)
-        if (is_mine and alive) or (wanted and is_free(wanted) and (is_mine or wanted not in taken)):
-            chosen[role] = wanted
-        elif wanted and wanted == wish:
-            raise ConfigError(f"{name}: port {wish} is taken on 127.0.0.1; stop what uses it or choose another")
-        else:
-            chosen[role] = free_port({*taken, *chosen.values()})
+        mine = old.ports.get(role, 0)
+        options = [mine]
+        if role == "main":
+            options = [wanted] if must else [wanted, mine] if may_return else [mine, wanted]
+        port = next((port for port in options if port and fits(port, port == mine)), None)
+        if port is None and role == "main" and must:
+            raise ConfigError(f"{name}: port {wanted} is taken on 127.0.0.1; stop what uses it or choose another")
+        chosen[role] = port or free_port({*taken, *chosen.values()})
     return chosen
 
 

@@ -96,6 +96,9 @@ def test_all_four_dags_succeed_and_a_real_request_is_scored(first):
     assert summary["runs"]["encode_validate"]["result"]["accepted"] == 61_460
     score = summary["score"]
     assert all(0 < probability < 1 for probability in score["probabilities"])
+    log = pq.read_table(SAMPLE)
+    had = set(log.filter(pc.equal(log["user_id"], score["user_id"]))["item_id"].to_pylist())
+    assert [item in had for item in score["item_ids"]] == [True] * 5 + [False] * 5
     assert score["bundle"]["id"] == summary["runs"]["encode_release"]["result"]["bundle"]
     assert not any(score["fallbacks"].values())
     text = "\n".join(said)
@@ -119,7 +122,7 @@ def test_a_run_says_and_keeps_its_days_preset_and_settings(first, airflow):
     ]
     assert {one["preset"] for one in results} == {SMALL}
     assert len({one["settings"] for one in results}) == 1
-    assert f"  preset {SMALL}, settings {results[0]['settings'][:12]}, days 2017-09-03..2018-01-01" in said
+    assert f"  preset {SMALL}, settings {results[0]['settings'][:12]}, days 2017-09-03 to 2017-12-31 (120 days)" in said
     (event,) = events_of(airflow, "encode_train", summary["runs"]["encode_train"]["run"])
     facts = {name: results[1][name] for name in ("preset", "settings", "start", "end", "version")}
     assert event["extra"] == facts
@@ -132,6 +135,8 @@ def test_a_second_time_nothing_is_started_and_nothing_is_run_again(first, home, 
     assert {one.name: one.pid for one in status(home)} == before
     assert again["runs"] == first[0]["runs"]
     assert again["score"] == first[0]["score"]
+    assert (first[0]["ran"], again["ran"]) == (list(again["runs"]), [])
+    assert any(line.startswith("nothing was left to do") for line in said)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +271,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(day_two, airflow):
     assert task_of(airflow, day_two.dry)["state"] == "skipped"
     plan = result_of(airflow, day_two.dry, "plan")
     assert (plan["start"], plan["end"], len(plan["to_validate"])) == (str(FIRST), str(END), 30)
-    assert "dry run: would validate 2016-09-01..2016-09-30" in log_of(airflow, day_two.dry)
+    assert "dry run: would validate 2016-09-01 to 2016-09-30" in log_of(airflow, day_two.dry)
     assert day_two.after_dry == day_two.before
     assert events_of(airflow, "encode_validate", day_two.dry["dag_run_id"]) == []
 

@@ -94,11 +94,13 @@ def test_other_answers_pass_through_with_the_explanation(airflow, client):
 
 
 def test_wait_says_each_change_and_each_printed_line_once_and_returns_the_run(airflow, client):
-    airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "running"})] * 4 + [(200, {"state": "success"})]
+    airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "running"})] * 5 + [(200, {"state": "success"})]
     airflow.answers["GET", "/dags/d/dagRuns/r/taskInstances"] = [
         (200, {"task_instances": [found], "total_entries": 1})
         for found in (
             task(None, start_date=None),
+            # Its process died with Airflow; it was not at work since.
+            task("up_for_retry", end_date="2026-01-01T01:00:00Z", duration=3600.0),
             task("running", duration=0.1),
             task("running", duration=0.2),
             task("success", end_date="2026-01-01T00:00:02Z", duration=2.04),
@@ -114,7 +116,13 @@ def test_wait_says_each_change_and_each_printed_line_once_and_returns_the_run(ai
     ]
     said = []
     assert client.wait("d", "r", say=said.append)["state"] == "success"
-    assert said == ["d.train: running", "  epoch 1", "  epoch 2", "d.train: success after 2.0 s"]
+    assert said == [
+        "d.train: up_for_retry",
+        "d.train: running",
+        "  epoch 1",
+        "  epoch 2",
+        "d.train: success after 2.0 s",
+    ]
 
 
 def test_a_run_that_was_over_before_is_not_told_again(airflow, client):
@@ -130,12 +138,13 @@ def test_the_run_that_an_asset_event_triggered_is_found(airflow, client):
     runs = [{"dag_run_id": "old", "start_date": "2026-01-01"}, {"dag_run_id": "new", "start_date": "2026-01-02"}]
     queued = [{**runs[1], "start_date": None}, runs[0]]
     airflow.answers["GET", "/dags/d/dagRuns"] = [(200, {"dag_runs": queued}), (200, {"dag_runs": runs[::-1]})]
-    airflow.answers["GET", "/dags/d/dagRuns/old/upstreamAssetEvents"] = [(200, {"asset_events": []})]
-    events = [{"source_run_id": "trained"}]
-    airflow.answers["GET", "/dags/d/dagRuns/new/upstreamAssetEvents"] = [(200, {"asset_events": events})]
-    assert client.wait_for_consumer("d", "trained", timeout=60)["dag_run_id"] == "new"
-    with pytest.raises(EncodeError, match="no run was triggered by another"):
-        client.wait_for_consumer("d", "another", timeout=0.1)
+    for run, source in (("old", "validate"), ("new", "train")):
+        events = [{"source_dag_id": source, "source_run_id": "day 1"}]
+        airflow.answers["GET", f"/dags/d/dagRuns/{run}/upstreamAssetEvents"] = [(200, {"asset_events": events})]
+    assert client.wait_for_consumer("d", "train", "day 1", timeout=60)["dag_run_id"] == "new"
+    assert client.wait_for_consumer("d", "validate", "day 1", timeout=60)["dag_run_id"] == "old"
+    with pytest.raises(EncodeError, match="no run was triggered by train day 2"):
+        client.wait_for_consumer("d", "train", "day 2", timeout=0.1)
 
 
 def test_a_failed_run_is_an_error_with_the_log_and_the_address(airflow, client):
