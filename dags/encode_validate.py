@@ -2,7 +2,8 @@
 
 Turns the raw partitions of some days, `raw/dt=D`, into behaviors, `behaviors/dt=D`. Rows that break the contract go to
 `quarantine/dt=D` with a reason each; Great Expectations judges each day, and its Data Docs page lies beside it.
-Days that are validated already are left alone, unless *Replay* is on and what is wrong with them was mended.
+Days that are validated already are left alone, unless *Replay* is on and what is wrong with them was mended. A replay
+that adds nothing says so, is skipped, and triggers no refresh.
 
 **Which days.** *First day* and *End* of the form; else those of the `encode_raw` events that triggered the run; else
 the data interval: of a schedule (`ENCODE_VALIDATE_SCHEDULE`), of a backfill, or, with a schedule, the last one before
@@ -20,7 +21,17 @@ from __future__ import annotations
 
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import BEHAVIORS, COMMON, RAW, day_param, dry_run_param, preset_param, resolved, schedule
+from encode_wiring import (
+    BEHAVIORS,
+    COMMON,
+    RAW,
+    day_param,
+    dry_run_param,
+    preset_param,
+    resolved,
+    schedule,
+    skip_where_nothing_is_new,
+)
 
 
 @dag(
@@ -34,7 +45,7 @@ from encode_wiring import BEHAVIORS, COMMON, RAW, day_param, dry_run_param, pres
             type="boolean",
             title="Replay",
             description="Also judge anew what days that are validated have in quarantine, where their raw data or the "
-            "settings changed since, and add what is good by now.",
+            "settings changed since, and add what is good by now. Where nothing is added, nothing is triggered.",
         ),
         "dry_run": dry_run_param(),
     },
@@ -55,6 +66,7 @@ def encode_validate() -> None:
         run = resolved(context)
         step, dry = (steps.replay, plan.replay) if context["params"]["replay"] else (steps.validate, plan.validate)
         summary = run.carry_out(step, dry, run.days)
+        skip_where_nothing_is_new(summary, context["params"]["replay"])
         outlet_events[BEHAVIORS].extra = run.facts
         return summary
 

@@ -117,6 +117,17 @@ class Run:
         raise AirflowSkipException("dry run: nothing was done")
 
 
+def skip_where_nothing_is_new(summary: dict[str, Any], replay: bool) -> None:
+    """Skip the task of a replay that added no behavior, so that it triggers nothing; its summary is kept as XCom.
+
+    Not where it is tried again: the try before may have added some, and have been killed before it said so.
+    """
+    ti = get_current_context()["ti"]
+    if replay and not summary["added"] and ti.try_number == 1:
+        ti.xcom_push("return_value", summary)
+        raise AirflowSkipException("nothing was replayed: there are no new behaviors, and nothing is triggered")
+
+
 def resolved(context: Any, *, days: bool = True) -> Run:
     """Resolve what a run was asked for, and say it.
 
@@ -131,7 +142,7 @@ def resolved(context: Any, *, days: bool = True) -> Run:
         raise ConfigError(f"trigger: unknown parameters {', '.join(unknown)}; expected some of {', '.join(known)}")
     preset = _preset(context)
     run = Run(preset, config(context), window(context) if days else None, bool(params.get("dry_run")))
-    print(f"preset {preset}, settings {run.facts['settings'][:12]}" + (f", days {run.days}" if days else ""))
+    print(f"preset {preset}, settings {run.facts['settings'][:12]}" + (f", days {run.days.in_words()}" if days else ""))
     return run
 
 

@@ -21,7 +21,7 @@ from encode.errors import DataError
 from encode.interests.snapshots import folder_of
 from encode.outputs import read_manifest
 from encode.pointers import read_base, read_pointer
-from encode.schema import Window
+from encode.schema import Window, number_of
 from encode.storage import Storage, open_log
 
 Say = Callable[[str], None]
@@ -61,11 +61,14 @@ def _days_to_do(config: Config, places: Places, window: Window, say: Say, *, rep
     new = [day for day in raw_days if day not in published]
     missing = [day for day in window.days() if day not in raw_days]
     say(
-        f"dry run: {'replay' if replaying else 'validate'} {window}: raw data of {len(raw_days)} days, "
+        f"dry run: {'replay' if replaying else 'validate'} {window.in_words()}: raw data of "
+        f"{number_of(len(raw_days), 'day')}, "
         f"{len(raw_days) - len(new)} of them validated before; no raw data: {_spans(missing)}"
     )
     if not raw_days:
-        raise DataError(f"{storage.uri}/raw: no raw data for any day of {window}; land the log, or choose other days")
+        raise DataError(
+            f"{storage.uri}/raw: no raw data for any day of {window.in_words()}; land the log, or choose other days"
+        )
     done = {day: read_manifest(storage, published[day][-1]) for day in raw_days if day in published}
     stale = [day for day, last in done.items() if last and changes(raw_days[day], config, last)]
     for day in stale:
@@ -106,8 +109,8 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     done = read_manifest(storage, prefix)
     rows, days = sum(int(manifest.counts["rows"]) for manifest in found.values()), _days(found)
     say(
-        f"dry run: train as of {as_of}: {rows:,} behaviors of {len(days)} validated days, {days[0]} to {days[-1]}"
-        + (f", but for those of {len(erased):,} erased users" if len(erased) else "")
+        f"dry run: train as of {as_of}: {number_of(rows, 'behavior')} of {number_of(len(days), 'validated day')}, "
+        f"{days[0]} to {days[-1]}" + (f", but for those of {len(erased):,} erased users" if len(erased) else "")
     )
     if done is None:
         say(f"dry run: would train and write {prefix}, its space, and a candidate of {config.registry.model_name}")
@@ -248,11 +251,11 @@ def _days(prefixes: Iterable[str]) -> list[date]:
 
 
 def _spans(days: Iterable[date]) -> str:
-    """Return days as text, those in a row as first..last."""
+    """Return days as text, those in a row as `first to last`."""
     spans: list[list[date]] = []
     for day in days:
         if spans and (day - spans[-1][-1]).days == 1:
             spans[-1] = [spans[-1][0], day]
         else:
             spans.append([day])
-    return ", ".join("..".join(map(str, span)) for span in spans) or "none"
+    return ", ".join(" to ".join(map(str, span)) for span in spans) or "none"

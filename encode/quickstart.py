@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from encode import __version__, steps
 from encode.config import Config, Places, load_config
 from encode.errors import EncodeError
-from encode.schema import fingerprint
+from encode.schema import fingerprint, number_of
 from encode.stack import Stack, down, status, up
 from encode.stack.airflow_api import AirflowClient
 from encode.stack.home import credentials
@@ -199,7 +199,7 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     say("")
     say("now released and served:")
     say(f"champion   version {bundle['model_version']}  {metrics}")
-    users = _count(answer["users"], "user")
+    users = number_of(answer["users"], "user")
     say(f"bundle     {bundle['id']}  space {bundle['space']}  snapshot {bundle['snapshot']} of {users}")
     say(f"served by  {stack.urls['serving']}")
     say(f"score      user {answer['user_id']}")
@@ -219,22 +219,17 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     say(f"all done after {seconds:.0f} s; `make down` stops the stack")
 
 
-def _count(number: int, what: str) -> str:
-    """Say a number of things."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def _told(dag: str, result: Mapping[str, Any]) -> str:
     """Say in one line what a step returned."""
     if dag == "encode_validate":
         return (
-            f"{_count(result['rows'], 'row')} of {_count(result['days'], 'day')}: "
-            f"{_count(result['accepted'], 'behavior')}, {result['rejected']:,} in quarantine"
+            f"{number_of(result['rows'], 'row')} of {number_of(result['days'], 'day')}: "
+            f"{number_of(result['accepted'], 'behavior')}, {result['rejected']:,} in quarantine"
         )
     if dag == "encode_train":
         return f"candidate version {result['version']} in space {result['space']}, auc {result['metrics']['auc']:.4f}"
     if dag == "encode_refresh":
-        return f"{_count(result['users'], 'user')}, snapshot {', '.join(result['snapshots'].values())}"
+        return f"{number_of(result['users'], 'user')}, snapshot {', '.join(result['snapshots'].values())}"
     shown = ("version", "bundle", "served_by", "reason")  # what a person rejected has no bundle
     facts = ", ".join(f"{name.replace('_', ' ')} {result[name]}" for name in shown if name in result)
     return f"{result['outcome']}: {facts}" if facts else str(result["outcome"])

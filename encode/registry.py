@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -250,7 +251,13 @@ class Registry:
         return files
 
     def register(
-        self, config: Config, card: ModelCard, files: Mapping[str, bytes], inputs: Mapping[str, str], prefix: str
+        self,
+        config: Config,
+        card: ModelCard,
+        files: Mapping[str, bytes],
+        inputs: Mapping[str, str],
+        prefix: str,
+        started: float | None = None,
     ) -> Version:
         """Log a trained model as a run with a candidate version; a model that is registered already is found again.
 
@@ -262,8 +269,10 @@ class Registry:
             files: of the model.
             inputs: digest of each behaviors partition it was trained on, logged as a dataset.
             prefix: where the files are in the store.
+            started: when the work began that the run records, UTC seconds; None where that is the registration alone.
         """
         import mlflow
+        from mlflow.tracking.context.registry import resolve_tags
 
         wanted = model_digest(files)
         if existing := self._find(wanted):
@@ -274,7 +283,10 @@ class Registry:
         experiment = self._experiment()
         report = read_report(files)
         name = f"{config.name} as of {card.as_of}"
-        with warnings.catch_warnings(), mlflow.start_run(experiment_id=experiment, run_name=name) as run:
+        # mlflow.start_run would let the run begin now, when the training that it is about is over.
+        at = None if started is None else int(started * 1000)
+        made = self._client.create_run(experiment, start_time=at, tags=resolve_tags(), run_name=name)
+        with warnings.catch_warnings(), mlflow.start_run(made.info.run_id) as run:
             warnings.simplefilter("ignore")
             mlflow.log_params(_flat(config.model_dump(mode="json", include={"model", "clustering", "training"})))
             mlflow.log_metrics({name: value for name, value in card.metrics.items() if value == value})
@@ -288,8 +300,8 @@ class Registry:
                     "encode.model": wanted,
                     "encode.space": card.space,
                     "encode.files": f"{self._places.store}/{prefix}",
-                    "encode.data_docs": f"{self._docs_of('behaviors/dt=DAY')}, days from {card.first_day} to before "
-                    f"{card.as_of}; `encode docs DAY` fetches one",
+                    "encode.data_docs": f"{self._docs_of('behaviors/dt=DAY')}, days {_days(card)}; `encode docs DAY` "
+                    "fetches one",
                     "encode.git_commit": git_commit(),
                     "encode.version": __version__,
                 }
@@ -335,7 +347,7 @@ class Registry:
         from mlflow.data.meta_dataset import MetaDataset
 
         source = resolve_dataset_source(f"{self._places.store}/behaviors")
-        name = f"behaviors {card.first_day}..{card.as_of}"
+        name = f"behaviors {_days(card)}"
         mlflow.log_input(MetaDataset(source, name=name, digest=fingerprint(dict(inputs))[:36]), context="training")
 
     def _log_model(self, files: Mapping[str, bytes]) -> str:
@@ -402,6 +414,10 @@ def plot_report(report: Mapping[str, Any]) -> Figure:
     right.set_xticks(shown[::3], [f"{one:,}" for one in shown[::3]])
     right.set_xticks([], minor=True)
     return figure
+
+
+def _days(card: ModelCard) -> str:
+    return f"{card.first_day} to {card.as_of - timedelta(days=1)}"
 
 
 def _version(found: Any) -> Version:

@@ -103,6 +103,11 @@ def interests_schema(projected_dim: int, embedding_dim: int) -> pa.Schema:
     )
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return a count with its noun, as `1 day` and `2,000 days`; of a noun of several words the last one counts."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 # --- days ------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +127,11 @@ class Window:
 
     def __str__(self) -> str:
         return f"{self.start}..{self.end}"
+
+    def in_words(self) -> str:
+        """Return the first day and the last, both of them in it, and how many they are."""
+        days = (self.end - self.start).days
+        return f"{self.start} to {self.end - timedelta(days=1)} ({days:,} days)" if days > 1 else str(self.start)
 
     def days(self) -> Iterator[date]:
         """Yield each day, oldest first."""

@@ -21,6 +21,7 @@ digests, counts. Each is idempotent: finished outputs are found by their manifes
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import date
@@ -30,7 +31,7 @@ from typing import Any
 from encode.config import Config, Places, RefreshConfig, load_config
 from encode.engines import Engine
 from encode.outputs import read_files, read_manifest, write_output
-from encode.schema import Window
+from encode.schema import Window, number_of
 from encode.storage import open_log
 
 Say = Callable[[str], None]
@@ -120,6 +121,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
     from encode.train import package, recipe_of
     from encode.train import train as fit
 
+    started = time.time()
     storage = open_log(places, config.name)
     with joined(), reproducible(config.training.num_threads):
         first = place()[0] == 0
@@ -152,7 +154,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         files = read_files(storage, prefix, manifest)
         card, _ = load_model(files, f"{storage.uri}/{prefix}")
     registry = Registry(places, config.registry)
-    version = registry.register(config, card, files, inputs, prefix)
+    version = registry.register(config, card, files, inputs, prefix, started)
     candidate = registry.by_alias(CANDIDATE)
     if candidate is None or candidate.number == version.number:
         say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")
@@ -345,7 +347,8 @@ def erase(config: Config, places: Places, user_ids: Sequence[int], say: Say = pr
 
     total = erase_users(open_log(places, config.name), user_ids)
     say(
-        f"{total:,} users are on the list: nothing that is made from now on holds them, serving answers them as unknown"
+        f"on the list: {number_of(total, 'user')}; nothing that is made from now on holds any of them, and serving "
+        "answers them as unknown"
     )
     return {"erased": total} | remains(config, places, user_ids, say)
 
@@ -392,5 +395,6 @@ def prune(config: Config, places: Places, keep: int, days: int, dry_run: bool = 
         say(f"{'would remove' if dry_run else 'removing'} {prefix}")
     if not dry_run:
         remove_garbage(storage, garbage)
-    say(f"{'would remove' if dry_run else 'removed'} {len(garbage.keys):,} files of {len(garbage.outputs):,} outputs")
+    found = f"{number_of(len(garbage.keys), 'file')} of {number_of(len(garbage.outputs), 'output')}"
+    say(f"{'would remove' if dry_run else 'removed'} {found}")
     return {"outputs": list(garbage.outputs), "files": len(garbage.keys), "removed": not dry_run}

@@ -48,14 +48,14 @@ def test_a_dry_run_of_validation_says_what_is_done_and_what_would_be(landed):
     assert found["unchanged"] == 3
     assert found["to_validate"] == [str(first + timedelta(days=offset)) for offset in (3, 4)]
     assert found["writes"][:2] == [f"{kind}/dt={first + timedelta(days=3)}" for kind in ("behaviors", "quarantine")]
-    assert f"would validate {first + timedelta(days=3)}..{first + timedelta(days=4)}" in said[1]
+    assert f"would validate {first + timedelta(days=3)} to {first + timedelta(days=4)}" in said[1]
     assert files_of(folder) == before
 
 
 def test_a_dry_run_fails_where_the_run_would(landed):
     folder, places, first = landed
     before, other = files_of(folder), Window(date(1999, 1, 1), date(1999, 1, 3))
-    with pytest.raises(DataError, match=r"no raw data for any day of 1999-01-01\.\.1999-01-03"):
+    with pytest.raises(DataError, match=r"no raw data for any day of 1999-01-01 to 1999-01-02 \(2 days\)"):
         plan.validate(TINY, places, other, quiet)
     changed = TINY.model_copy(update={"validation": TINY.validation.model_copy(update={"min_users": 2})})
     with pytest.raises(DataError, match=r"validation\.min_users changed since"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from encode.errors import ConfigError
-from encode.schema import Window, bucket_of, canonical_json, day_of, day_start, fingerprint, resolve_window
+from encode.schema import Window, bucket_of, canonical_json, day_of, day_start, fingerprint, number_of, resolve_window
 
 
 def at(day, hour=0):
@@ -71,3 +71,9 @@ def test_buckets_of_consecutive_users_are_even_and_stable():
 
 
 BUCKETS = [465, 110, 53, 75]
+
+
+def test_days_in_words_end_with_their_last_and_counts_agree_with_their_noun():
+    assert Window(date(2024, 2, 28), date(2024, 3, 1)).in_words() == "2024-02-28 to 2024-02-29 (2 days)"
+    assert Window(date(2024, 2, 29), date(2024, 3, 1)).in_words() == "2024-02-29"
+    assert [number_of(count, "raw row") for count in (0, 1, 2_000)] == ["0 raw rows", "1 raw row", "2,000 raw rows"]

@@ -93,7 +93,9 @@ def released(config, places, serving):
     assert before.status_code == 503
     assert steps.refresh(config, places, WINDOW.end, quiet)["snapshots"] == {}
     assert steps.release(config, places, quiet)["outcome"] == "nothing to release"
+    began = time.time()
     trained = steps.train(config, places, WINDOW.end, quiet)
+    ended = time.time()
     refreshed = steps.refresh(config, places, WINDOW.end, quiet)
     release = steps.release(config, places, quiet)
     return {
@@ -101,6 +103,7 @@ def released(config, places, serving):
         "land": landed,
         "validate": validated,
         "train": trained,
+        "trained_between": (began, ended),
         "refresh": refreshed,
         "release": release,
     }
@@ -123,8 +126,13 @@ def test_the_candidate_is_registered_with_all_that_explains_it(config, released)
     run = client.get_run(version.tags["encode.run"])
     assert {"auc", "gauc", "logloss", "calibration", "auc_first_time", "epoch_loss"} <= set(run.data.metrics)
     assert run.data.params["clustering.num_clusters"] == "8"
-    assert run.inputs.dataset_inputs[0].dataset.name == "behaviors 2017-09-03..2018-01-01"
+    assert run.inputs.dataset_inputs[0].dataset.name == "behaviors 2017-09-03 to 2017-12-31"
     assert run.data.tags["encode.space"] == released["train"]["space"]
+    begins, ends = (1000 * seconds for seconds in released["trained_between"])
+    assert begins - 1 <= run.info.start_time < begins + 1000, "the run is as long as the training, not as its logging"
+    assert begins + 1000 < run.info.end_time <= ends + 1
+    assert (run.info.status, run.data.tags["mlflow.runName"]) == ("FINISHED", "small as of 2018-01-01")
+    assert "mlflow.user" in run.data.tags
     assert "report.png" in [one.path for one in client.list_artifacts(run.info.run_id)]
     info = mlflow.models.get_model_info(f"models:/{config.registry.model_name}@champion")
     assert [column.name for column in info.signature.inputs] == ["user_id", "item_id"]

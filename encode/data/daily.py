@@ -31,7 +31,7 @@ from encode.data.trends import compare
 from encode.data.verdicts import Verdict
 from encode.errors import DataError, EncodeError, QualityError
 from encode.outputs import Manifest, read_manifest, recipe, write_output
-from encode.schema import BEHAVIORS, QUARANTINE, fingerprint
+from encode.schema import BEHAVIORS, QUARANTINE, fingerprint, number_of
 from encode.storage import Storage
 
 _ROWS_PER_PART = 1 << 22
@@ -57,6 +57,8 @@ class DayReport:
     """Earlier days that it was compared with; 0 where there were too few."""
     replayed: int = 0
     """Rows that became part of the day by a replay just now."""
+    added: int = 0
+    """Rows that were published just now, by a replay or not."""
     unchanged: bool = False
     """The day was validated before, from the same data with the same settings."""
 
@@ -123,7 +125,7 @@ def _judge(
     trends = config.validation.trends
     earlier = past.before(day, trends.days)
     measures = compare(day, profile, earlier, trends)
-    judgment = judge_day(day, judged.every(), config.validation, measures, len(earlier))
+    judgment = judge_day(day, judged.every(), config.validation, measures, len(earlier), judged.hints)
     _reconcile(day, profile, judged, judgment)
     refusal = _refusal(profile, judgment, config)
     details = {
@@ -204,6 +206,7 @@ def _report(day: date, made: Manifest, judged: Manifest | None, *, unchanged: bo
         warnings=tuple(details.get("warnings", ())),
         compared_with=len(details.get("compared_with", ())),
         replayed=0 if unchanged or not made.details.get("adds_to") else int(counts["rows"]),
+        added=0 if unchanged else int(counts["rows"]),
         unchanged=unchanged,
     )
 
@@ -231,7 +234,8 @@ def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None
     if rows and rejected / rows > limit:
         named = ", ".join(f"{reason} {count}" for reason, count in sorted(profile.reasons.items(), key=lambda r: -r[1]))
         problems.append(
-            f"{rejected:,} of {rows:,} rows rejected ({rejected / rows:.2%}; {named}), expected at most {limit:.2%}"
+            f"{rejected:,} of {number_of(rows, 'row')} rejected ({rejected / rows:.2%}; {named}), "
+            f"expected at most {limit:.2%}"
         )
         hints = [reason for reason in profile.reasons if reason.startswith("timestamp_looks_like_")]
         if hints:

@@ -17,7 +17,7 @@ from encode.data.parquet import read_parquet
 from encode.data.partitions import days_of, published_days, quiet
 from encode.errors import ArtifactError
 from encode.outputs import MANIFEST, Manifest, read_manifest, read_part
-from encode.schema import Window
+from encode.schema import Window, number_of
 from encode.storage import Storage
 
 _NUM_THREADS = 8
@@ -63,7 +63,9 @@ def write_docs(
     """
     seen = _verdicts(storage, window)
     if not seen:
-        raise ArtifactError(f"{storage.uri}/quarantine: no day was validated {f'in {window}' if window else 'yet'}")
+        raise ArtifactError(
+            f"{storage.uri}/quarantine: no day was validated {f'in {window.in_words()}' if window else 'yet'}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     pages = [one for one in seen if one.refusal or one.warnings][-_MAX_PAGES:]
     pages += [one for one in seen if one.day == day and one not in pages]
@@ -74,7 +76,7 @@ def write_docs(
     index.write_text(index_page(lines, storage.uri), encoding="utf-8")
     refused = sum(one.refusal is not None for one in seen)
     warned = sum(one.refusal is None and bool(one.warnings) for one in seen)
-    say(f"{len(seen)} days, {warned} with warnings, {refused} refused: {index}")
+    say(f"{number_of(len(seen), 'day')}, {warned} with warnings, {refused} refused: {index}")
     summary: dict[str, Any] = {"index": str(index), "days": len(seen), "warned": warned, "refused": refused}
     return summary | (_about(storage, seen, day, folder, say) if day else {})
 
@@ -128,7 +130,7 @@ def _about(storage: Storage, seen: list[_Seen], day: date, folder: Path, say: Ca
     if not found:
         raise ArtifactError(
             f"{storage.uri}/quarantine/dt={day}: not validated, or there are no raw data of it; have "
-            f"{len({one.day for one in seen}):,} days from {seen[0].day} to {seen[-1].day}"
+            f"{number_of(len({one.day for one in seen}), 'day')} from {seen[0].day} to {seen[-1].day}"
         )
     one = found[-1]
     page, rejected = folder / _page(one), folder / f"{day}-rejected.parquet"
@@ -139,7 +141,7 @@ def _about(storage: Storage, seen: list[_Seen], day: date, folder: Path, say: Ca
         say(f"  warning: {line}")
     table = read_parquet(rejected.read_bytes())
     for reason, count in sorted(one.manifest.details["reasons"].items(), key=lambda r: -r[1]):
-        say(f"  {count:,} rows rejected: {reason}")
+        say(f"  {number_of(count, 'row')} rejected: {reason}")
         for row in table.filter(pc.equal(table["reason"], pa.scalar(reason))).slice(0, _NUM_EXAMPLES).to_pylist():
             values = ", ".join(f"{k} {v!r}" for k, v in row.items() if k not in ("file", "row", "reason"))
             say(f"    {row['file']} row {row['row']}: {values}")

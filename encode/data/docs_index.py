@@ -10,6 +10,7 @@ from html import escape
 from typing import TypeVar
 
 from encode.pages import POLICY
+from encode.schema import number_of
 
 T = TypeVar("T")
 
@@ -66,8 +67,9 @@ def index_page(lines: Sequence[DayLine], uri: str) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validated days</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{POLICY}<style>{_STYLE}</style></head><body><h1>Validated days, {first} to {last}</h1>"
-        f"<p>{escape(uri)}: {len(lines)} days, {len(warned)} with something to look at. Shaded: what is usual, by the "
-        'days before; <span class="key">&#9679;</span> outside of it, <span class="key">|</span> a refused day.</p>'
+        f"<p>{escape(uri)}: {number_of(len(lines), 'day')}, {len(warned)} with something to look at. Shaded: what is "
+        'usual, by the days before; <span class="key">&#9679;</span> outside of it, <span class="key">|</span> a '
+        "refused day.</p>"
         f"{panels}<h2>Days to look at <small>newest first</small></h2><table>{rows}</table></body></html>\n"
     )
 

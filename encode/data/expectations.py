@@ -29,22 +29,32 @@ from encode.data.trends import Measure
 from encode.data.verdicts import REASONS, Verdict, count_reasons
 from encode.errors import EncodeError
 from encode.pages import POLICY
-from encode.schema import SECONDS_PER_DAY, day_start
+from encode.schema import SECONDS_PER_DAY, day_start, number_of
 
 _MEASURE = "expect_measure_to_be_between"
-_FROM_ELSEWHERE = re.compile(
-    r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<footer\b.*?</footer>|background: url\('[^']*'\)[^;]*;",
-    re.DOTALL,
-)
-_STYLE = """<style>
-body{font:14px/1.5 system-ui,sans-serif;margin:1.5rem;color:#222;background:#fff}h4,h5,h6{margin:.4rem 0}
-table{border-collapse:collapse;margin:.5rem 0}
-td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:left;vertical-align:top}
-.alert{background:#eef;padding:.5rem .8rem}.badge{border:1px solid #999;border-radius:3px;padding:0 .3rem}
-.text-success:before{content:"\\2713 ";color:#080}.text-danger:before,.text-warning:before{content:"\\2717 ";color:#b00}
-nav,.card-header,.btn-group{display:none}ul{margin:0}
-@media (prefers-color-scheme:dark){body{background:#181818;color:#ddd}.alert{background:#223}td,th{border-color:#444}}
-</style>"""
+_SECTIONS = """{% for section in sections %}{% set section_loop = loop %}{% include "section.j2" %}{% endfor %}"""
+"""Of a page of Great Expectations only this: around it are links, controls and files of a site that is not there."""
+_STYLE = """
+:root{color-scheme:light dark;--ink:#222;--soft:#646c76;--rule:#d4d8dd;--head:#eef2f7;--good:#1a7f37;--bad:#b3261e;
+--page:#fff}
+@media (prefers-color-scheme:dark){:root{--ink:#ddd;--soft:#9aa3ad;--rule:#3a4149;--head:#20262e;--good:#6cc08b;
+--bad:#f2877f;--page:#15181c}}
+body{font:14px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;padding:24px}
+body{max-width:1080px}h1{font-size:22px;margin:0 0 4px}h2{font-size:17px;margin:28px 0 4px}h5{font-size:14px;margin:0}
+p{margin:4px 0 8px}.note,small{color:var(--soft);font-weight:400}ul{margin:4px 0;padding-left:20px}
+table{border-collapse:collapse;margin:8px 0}
+td,th{border:1px solid var(--rule);padding:4px 10px;text-align:left;vertical-align:top}
+.number{text-align:right;font-variant-numeric:tabular-nums}
+.alert{background:var(--head);padding:6px 10px;margin-top:14px}
+.badge{border:1px solid var(--rule);border-radius:3px;padding:0 4px}
+td:first-child .text-success:before{content:"\\2713";color:var(--good)}
+td:first-child .text-danger:before,td:first-child .text-warning:before{content:"\\2717";color:var(--bad)}
+"""
+_DOES = {
+    "critical": "refuses the day",
+    "warning": "is said, recorded and shown here",
+    "info": "is recorded and shown here",
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,22 @@ class Judgment:
 
 
 def judge_day(
-    day: date, verdicts: Sequence[Verdict], config: ValidationConfig, measures: Sequence[Measure], compared_with: int
+    day: date,
+    verdicts: Sequence[Verdict],
+    config: ValidationConfig,
+    measures: Sequence[Measure],
+    compared_with: int,
+    hints: Sequence[str] = (),
 ) -> Judgment:
     """Run the suite over the verdicts of all rows of a day, and over its measures against `compared_with` earlier days.
+
+    Args:
+        day: the day.
+        verdicts: of all of its rows.
+        config: what is expected.
+        measures: of the day beside those before it.
+        compared_with: how many these are.
+        hints: warnings that are no expectations; the page has them, too.
 
     Raises:
         EncodeError: an expectation could not be evaluated at all.
@@ -89,11 +112,17 @@ def judge_day(
             drifted = settings.type == _MEASURE and settings.severity == "warning"
             found["drift" if drifted else str(settings.severity.value)].append(_describe(one))
     failed, warned, drift, notes = (tuple(sorted(texts)) for texts in found.values())
-    said = f"refused: {'; '.join(failed)}" if failed else f"published, {len(warned) + len(drift)} warnings"
-    reasons = count_reasons(np.concatenate([v.reason for v in verdicts]))
     data = _to_json(day, result)
+    reasons = count_reasons(np.concatenate([v.reason for v in verdicts]))
+    head = [
+        _verdict(day, sum(len(v.reason) for v in verdicts), reasons, config.max_rejected_share),
+        _lists({"Refused": failed, "Warnings": (*warned, *hints, *drift), "Noted": notes}),
+        _kept(reasons),
+        _expected(result.results),
+        _compared(measures, compared_with),
+    ]
     with _quiet():
-        page = _render(day, result, _tables(day, said, reasons, measures, compared_with), published=not failed)
+        page = _page(day, "refused" if failed else "published", head, _sections(result))
     return Judgment(failed, warned, drift, notes, rejected, data, page)
 
 
@@ -250,38 +279,106 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _tables(day: date, said: str, reasons: dict[str, int], measures: Sequence[Measure], compared_with: int) -> str:
-    """Return what stands above the page of Great Expectations: the verdict, what was rejected, what is unusual."""
-    rejected = _table([(reason, f"{count:,}") for reason, count in reasons.items()] or [("none",)])
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+def _page(day: date, said: str, head: Sequence[str], sections: str) -> bytes:
+    version = _import("great_expectations").__version__
+    html = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{day}: {said}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{POLICY}<style>{_STYLE}</style></head><body><h1>{day}: {said}</h1>{''.join(head)}"
+        "<h2>The rows, column by column</h2><p class=note>All raw rows are counted, accepted or not; the number of "
+        "rows and that of users are of the accepted ones. A row goes to quarantine once, for the first reason that "
+        "applies, and counts here in each column that is wrong, so that these counts may be higher than those of the "
+        "reasons. What is missing or unreadable counts as null, and not also as out of range. By Great Expectations "
+        f"{version}.</p>{sections}</body></html>\n"
+    )
+    return re.sub(r"\s*\n\s*", "\n", html).encode()
+
+
+def _verdict(day: date, raw_rows: int, reasons: dict[str, int], allowed: float) -> str:
+    rejected = sum(reasons.values())
+    return (
+        f"<p>{number_of(raw_rows, 'raw row')} of {day:%A}: {raw_rows - rejected:,} accepted, {rejected:,} rejected"
+        f"{f' ({rejected / raw_rows:.2%})' if raw_rows else ''}, allowed {allowed:.2%}.</p>"
+    )
+
+
+def _lists(texts: dict[str, Sequence[str]]) -> str:
+    """Return what is wrong with the day, by what follows from it."""
+    return "".join(
+        f"<h2>{title} <small>({len(lines)})</small></h2><ul>{''.join(f'<li>{escape(one)}' for one in lines)}</ul>"
+        for title, lines in texts.items()
+        if lines
+    )
+
+
+def _kept(reasons: dict[str, int]) -> str:
+    rows = [(reason, f"{count:,}") for reason, count in reasons.items()]
+    table = _table([("reason", "rows"), *rows, ("all", f"{sum(reasons.values()):,}")]) if rows else "<p>None.</p>"
+    beside = (
+        "<p class=note>In the store they lie beside this page, in part-00000.parquet, and what Great Expectations "
+        "returned is in result.json.</p>"
+    )
+    return f"<h2>Rows in quarantine</h2>{table}{beside if rows else ''}"
+
+
+def _expected(results: Sequence[Any]) -> str:
+    """Return how many expectations hold, by what it does if one does not, and where they are on the page."""
+    held = {severity: [0, 0] for severity in _DOES}
+    for one in results:
+        held[str(one.expectation_config.severity.value)][not one.success] += 1
+    rows = [(name, _DOES[name], *map(str, counts)) for name, counts in held.items() if any(counts)]
+    total = [str(sum(counts)) for counts in zip(*held.values(), strict=True)]
+    measured = sum(one.expectation_config.type == _MEASURE for one in results)
+    return (
+        f"<h2>{number_of(len(results), 'expectation')}</h2>"
+        f"{_table([('severity', 'one that does not hold', 'hold', 'do not'), *rows, ('all', '', *total)])}"
+        f"<p class=note>Each has a line below: {measured} beside the days before, {len(results) - measured} about the "
+        "rows.</p>"
+    )
+
+
+def _compared(measures: Sequence[Measure], compared_with: int) -> str:
+    if not measures:
+        have = f"{number_of(compared_with, 'day')} before it"
+        return f"<h2>Not compared with the days before it</h2><p>{have}: too few, or it has no rows.</p>"
     rows = [("", "", "found", "usually from", "to")]
     for one in measures:
         usual = (one.low is None or one.value >= one.low) and (one.high is None or one.value <= one.high)
         mark = "\u2713" if usual else "\u2717 " + one.severity
         name = f"{one.name} ({', '.join(one.named)})" if one.named else one.name
         rows.append((mark, name, _number(one.value), _number(one.low), _number(one.high)))
-    compared = f"Beside the {compared_with} days before it" if measures else "Not compared with the days before it"
-    few = _table(rows) if measures else f"<p>There are {compared_with} of them, too few, or the day has no rows.</p>"
-    return f"<h3>{day}: {escape(said)}</h3><h4>Rows in quarantine</h4>{rejected}<h4>{compared}</h4>{few}"
+    return (
+        f"<h2>Beside {f'the {compared_with} days' if compared_with > 1 else 'the day'} before it</h2>{_table(rows)}"
+        "<p class=note>Shares of rejected rows are of the raw rows, all else is of the accepted ones.</p>"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    """Return a table whose first row is its head; what looks like a number stands to the right."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = ("".join(_cell(cell) for cell in row) for row in rows[1:])
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
 
 
-def _render(day: date, result: Any, tables: str, *, published: bool) -> bytes:
-    """Return the page: our tables, then all expectations but the measures, which are in the tables.
+def _cell(text: str) -> str:
+    return f"<td{' class=number' if text[:1].isdigit() or text[:1] == '-' else ''}>{escape(text)}</td>"
 
-    Great Expectations calls a day failed for a mere warning; the page calls it so if it is refused.
+
+def _sections(result: Any) -> str:
+    """Return the expectations about rows as Great Expectations shows them, column by column.
+
+    Its header and run info are left out: they call a day failed for a mere warning, and know no data asset.
     """
     identifier = _import("great_expectations.core.run_identifier").RunIdentifier
     renderer = _import("great_expectations.render.renderer").ValidationResultsPageRenderer(run_info_at_end=True)
-    midnight = datetime(day.year, day.month, day.day, tzinfo=UTC)
-    result.meta.pop("batch_markers", None)
-    result.meta["run_id"] = identifier(run_name=f"dt={day}", run_time=midnight)
+    result.meta["run_id"] = identifier(run_name="", run_time=datetime(1970, 1, 1, tzinfo=UTC))
     result.results = [one for one in result.results if one.expectation_config.type != _MEASURE]
-    result.success = published
-    html: str = _view().render(renderer.render(result))
-    html = _FROM_ELSEWHERE.sub("", html).replace("<head>", "<head>" + POLICY, 1)
-    html = html.replace("</head>", _STYLE + "</head>", 1).replace("<body>", "<body>" + tables, 1)
-    return re.sub(r"\s*\n\s*", "\n", html).encode()
+    for one in result.results:
+        if one.expectation_config.type == "expect_column_values_to_not_be_null":
+            one.result.update(partial_unexpected_list=[], partial_unexpected_counts=[])  # else a line `nan` each
+    document = renderer.render(result).to_json_dict()
+    html: str = _view().env.from_string(_SECTIONS).render(sections=document["sections"][1:-1])
+    return html

@@ -43,7 +43,7 @@ from encode.engines import Engine, Result, Rows
 from encode.errors import ArtifactError
 from encode.outputs import Manifest, Part, complete_output, read_manifest, read_part, recipe, write_part
 from encode.pointers import publish, read_base
-from encode.schema import digest
+from encode.schema import digest, number_of
 from encode.storage import Storage
 
 FOLDER = "histories"
@@ -245,7 +245,7 @@ def _run(
     sources = [(prefix, part) for prefix, manifest in new.items() for part in manifest.parts]
     rows = sum(int(manifest.counts["rows"]) for manifest in new.values())
     added = f"on top of {base.snapshot}" if base else f"into {num_buckets} buckets"
-    say(f"grouping {rows:,} behaviors of {len(new)} days {added}")
+    say(f"grouping {number_of(rows, 'behavior')} of {number_of(len(new), 'partition')} {added}")
     known = sizes(base.manifest.parts if base else (), num_buckets, ROWS)[0].tolist()
 
     def start(buckets: Sequence[int]) -> Iterator[Result]:

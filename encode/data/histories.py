@@ -17,7 +17,7 @@ from encode.data.erasures import ERASURES, erased_users
 from encode.data.parquet import read_parquet
 from encode.data.partitions import quiet, validated_days
 from encode.outputs import Manifest, read_part
-from encode.schema import BEHAVIORS, HISTORIES, digest
+from encode.schema import BEHAVIORS, HISTORIES, digest, number_of
 from encode.storage import Storage
 
 Ints = npt.NDArray[np.int64]
@@ -143,7 +143,7 @@ def read_histories(
     rows = sum(int(manifest.counts["rows"]) for manifest in found.values())
     erased = erased_users(storage)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        say(f"reading {rows:,} behaviors of {len(found)} days")
+        say(f"reading {number_of(rows, 'behavior')} of {number_of(len(found), 'partition')}")
         tables = pool.map(lambda item: _read_day(storage, *item), found.items())
         table = pa.concat_tables([table for day in tables for table in day])
     if len(erased):

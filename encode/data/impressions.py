@@ -59,7 +59,7 @@ def split_days(window: Window, config: TrainingConfig) -> Splits:
     if train.start <= window.start:
         needed = config.train_days + config.valid_days + config.test_days
         raise DataError(
-            f"window {window}: {(window.end - window.start).days} days; training needs more than {needed} "
+            f"days {window.in_words()}: training needs more than {needed} "
             f"(training.train_days {config.train_days} + valid_days {config.valid_days} + test_days "
             f"{config.test_days}, and history before them); give more days or lower one of these"
         )
@@ -96,7 +96,9 @@ def draw_impressions(histories: Histories, days: Window, config: TrainingConfig,
     positives = np.flatnonzero(inside)
     if len(positives) == 0:
         kinds = "any behavior" if wanted is None else " or ".join(wanted)
-        raise DataError(f"days {days}: no positives: expected {kinds}, have {', '.join(histories.behavior_names)}")
+        raise DataError(
+            f"days {days.in_words()}: no positives: expected {kinds}, have {', '.join(histories.behavior_names)}"
+        )
     if len(positives) > max_positives:
         positives = np.sort(rng.choice(positives, max_positives, replace=False))
     seen = FirstSeen(histories)
@@ -161,7 +163,7 @@ def _draw_negatives(
     # How much of the pool, oldest first, is from before the impression's day.
     size = np.searchsorted(histories.timestamps[pool], until - SECONDS_PER_DAY)
     if not size.all():
-        raise DataError(f"days {days}: no behaviors before them to draw negatives from; give earlier days")
+        raise DataError(f"days {days.in_words()}: no behaviors before them to draw negatives from; give earlier days")
     rows = np.zeros(len(user), np.int64)
     left = np.arange(len(user))
     for _ in range(_MAX_REDRAWS):

@@ -27,7 +27,7 @@ from encode.data.sources import open_log
 from encode.data.verdicts import REASONS, count_reasons, read_timestamps, to_quarantine
 from encode.errors import DataError, EncodeError
 from encode.outputs import MANIFEST, Manifest, read_manifest, recipe, write_output
-from encode.schema import SECONDS_PER_DAY, day_of, digest
+from encode.schema import SECONDS_PER_DAY, day_of, digest, number_of
 from encode.storage import Storage
 
 LANDED_SUFFIX = ".landed.parquet"
@@ -91,7 +91,8 @@ def land(
     prefix = f"raw/_landings/{fingerprint}"
     done = read_manifest(storage, prefix)
     if done is not None and _is_whole(storage, done):
-        say(f"raw log landed before: {done.counts['landed']:,} rows, {len(done.details['days'])} days")
+        landed, count = int(done.counts["landed"]), len(done.details["days"])
+        say(f"raw log landed before: {number_of(landed, 'row')}, {number_of(count, 'day')}")
         return _report(done, unchanged=True)
     with tempfile.TemporaryDirectory(prefix="encode-landing-") as spill:
         days = _DayBuffers(Path(spill))
@@ -99,7 +100,7 @@ def land(
         _refuse_dayless(source, days, reasons)
         days.flush()
         _refuse_conflicts(storage, days)
-        say(f"writing {len(days.parts) - (UNKNOWN_DAY in days.parts)} days")
+        say(f"writing {number_of(len(days.parts) - (UNKNOWN_DAY in days.parts), 'day')}")
         identity: dict[str, Any] = {"fingerprint": fingerprint, "config": settings, "inputs": log.inputs}
         _write_days(storage, days, identity)
     items = log.items()
@@ -115,7 +116,7 @@ def land(
     if counts["rows"] != counts["landed"] + counts["quarantined"] or counts["quarantined"] != quarantined:
         raise EncodeError(f"landing: counts do not reconcile: {counts}, reasons {reasons}; this is a defect")
     if quarantined:
-        say(f"{quarantined:,} rows without a day are in quarantine/dt={UNKNOWN_DAY}/{fingerprint}: {reasons}")
+        say(f"{number_of(quarantined, 'row')} without a day in quarantine/dt={UNKNOWN_DAY}/{fingerprint}: {reasons}")
     details = {"days": sorted(day for day in days.counts if day != UNKNOWN_DAY), "reasons": reasons}
     manifest = write_output(storage, prefix, {}, kind="landing", counts=counts, details=details, **identity)
     return _report(manifest, unchanged=False)
@@ -205,7 +206,7 @@ def _sort_into_days(
             _add_rows(raw, seconds, np.flatnonzero(reason == 0), days)
         if days.rows >= next_line:
             next_line += _ROWS_BETWEEN_LINES
-            say(f"read {days.rows:,} rows, {len(days.counts)} days")
+            say(f"read {days.rows:,} rows, {number_of(len(days.counts), 'day')}")
     return dict(sorted(reasons.items()))
 
 
@@ -235,20 +236,22 @@ def _refuse_conflicts(storage: Storage, days: _DayBuffers) -> None:
         manifest = read_manifest(storage, f"raw/dt={day}")
         if manifest is None:
             foreign = [key for key in there[day] if not key.endswith(LANDED_SUFFIX)]
-            return f"raw/dt={day} holds {len(foreign)} files that were not landed from here" if foreign else None
+            return f"raw/dt={day} holds {number_of(len(foreign), 'file')} not landed from here" if foreign else None
         paths = days.parts[str(day)]
         ours = {name: digest(path.read_bytes()) for name, path in zip(_names(paths), paths, strict=True)}
         if {part.name: part.sha256 for part in manifest.parts} == ours:
             return None
         rows = manifest.counts.get("rows", 0)
-        return f"raw/dt={day} holds {rows:,} rows of another log, this one has {days.counts[str(day)]:,}"
+        return (
+            f"raw/dt={day} holds {number_of(int(rows), 'row')} of another log, this one has {days.counts[str(day)]:,}"
+        )
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         problems = [p for p in pool.map(problem, [day for day in there if str(day) in days.parts]) if p]
     if problems:
         raise DataError(
-            f"{storage.uri}: {len(problems)} days are there already with another content, nothing was written: "
-            f"{'; '.join(problems[:3])}{'; ...' if problems[3:] else ''}. Use another store for another log, "
+            f"{storage.uri}: {number_of(len(problems), 'day')} there already with another content, nothing was "
+            f"written: {'; '.join(problems[:3])}{'; ...' if problems[3:] else ''}. Use another store for another log, "
             "or remove these days first"
         )
 

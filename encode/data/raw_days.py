@@ -13,7 +13,7 @@ from encode.data.partitions import days_of
 from encode.data.readers import RawBatch, read_object
 from encode.errors import DataError
 from encode.outputs import MANIFEST, Manifest, read_manifest
-from encode.schema import digest
+from encode.schema import digest, number_of
 from encode.storage import Storage
 
 _NUM_THREADS = 8
@@ -83,7 +83,7 @@ def _find(storage: Storage, day: date, keys: list[str]) -> RawDay | None:
 def _landed(storage: Storage, day: date, manifest: Manifest, others: list[str]) -> RawDay:
     if others:
         raise DataError(
-            f"{storage.uri}/raw/dt={day}: found {len(others)} files beside those of its manifest (first: "
+            f"{storage.uri}/raw/dt={day}: found {number_of(len(others), 'file')} beside those of its manifest (first: "
             f"{others[0]}); a landed day is complete: put them elsewhere"
         )
     return RawDay(day, {f"raw/dt={day}/{part.name}": part.sha256 for part in manifest.parts}, landed=True)

@@ -17,11 +17,13 @@ from encode.data.raw_days import find_raw_days
 from encode.data.replay import replay_raw_day
 from encode.errors import DataError, QualityError
 from encode.outputs import Manifest, read_manifest
-from encode.schema import Window
+from encode.schema import Window, number_of
 from encode.storage import Storage
 
 MAX_REFUSED_DAYS = 3
 """After so many refused days the rest is not tried: the cause is most likely the same."""
+_SAME = "neither the raw data nor the settings of these days changed since they were validated"
+_STILL_BAD = "no row in quarantine is good by now"
 _NUM_THREADS = 8
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -53,8 +55,8 @@ def validate_window(
 
     Returns:
         Counts of the window (`days`, `validated`, `unchanged`, `compared`: with earlier days, `rows`, `accepted`,
-        `rejected`, `without_category`, `replayed`), `reasons` -> rows, `missing_days` without raw data, `warnings` as
-        day: text, and `data_docs`: day -> address of its page.
+        `rejected`, `without_category`, `replayed`, `added`: rows published just now), `reasons` -> rows,
+        `missing_days` without raw data, `warnings` as day: text, and `data_docs`: day -> address of its page.
 
     Raises:
         DataError: no day of the window has raw data, or one was validated before from other data.
@@ -72,7 +74,7 @@ def replay_window(
     A second time it is a no-op.
 
     Returns:
-        As `validate_window`; `replayed` are the rows that were added.
+        As `validate_window`; `replayed` are the rows that were added to days that were published before.
 
     Raises:
         DataError: no day of the window has raw data, or rows that were published are no longer in them.
@@ -86,7 +88,9 @@ def _run(
 ) -> dict[str, Any]:
     raw_days = find_raw_days(storage, window.days())
     if not raw_days:
-        raise DataError(f"{storage.uri}/raw: no raw data for any day of {window}; land the log, or choose other days")
+        raise DataError(
+            f"{storage.uri}/raw: no raw data for any day of {window.in_words()}; land the log, or choose other days"
+        )
     published = published_days(storage)
     past = _past(storage, published)
     done = _last(storage, {day: prefixes[-1] for day, prefixes in published.items() if day in raw_days})
@@ -95,7 +99,7 @@ def _run(
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         same = [day for day in done if day not in stale]
         reports = list(pool.map(lambda day: report_of(storage, raw_days[day], config, done[day]), same))
-    say(f"{len(to_do)} days to {'replay' if replay else 'validate'}, {len(same)} validated before")
+    say(f"{number_of(len(to_do), 'day')} to {'replay' if replay else 'validate'}, {len(same)} validated before")
     refused: list[str] = []
     progress = _Progress(len(to_do), say)
     for raw in to_do:
@@ -116,11 +120,13 @@ def _run(
         progress.step(raw.day)
     if refused:
         raise QualityError(
-            f"{len(refused)} of {len(raw_days)} days refused"
+            f"{len(refused)} of {number_of(len(raw_days), 'day')} refused"
             + (", the rest was not tried" if len(refused) == MAX_REFUSED_DAYS else "")
             + ": "
             + " | ".join(refused)
         )
+    if replay and not any(report.added for report in reports):
+        say("nothing was replayed: " + (_STILL_BAD if to_do else _SAME))
     _say_docs(storage, reports, say)
     return _summary(storage, window, reports, [day for day in window.days() if day not in raw_days])
 
@@ -141,7 +147,8 @@ def _last(storage: Storage, prefixes: dict[date, str]) -> dict[date, Manifest]:
 def _say_docs(storage: Storage, reports: list[DayReport], say: Callable[[str], None]) -> None:
     alone = [report.day for report in reports if not report.unchanged and not report.compared_with]
     if alone:
-        say(f"{len(alone)} days were not compared with earlier ones, for want of them: {alone[0]} to {alone[-1]}")
+        days = " to ".join(dict.fromkeys(map(str, (alone[0], alone[-1]))))
+        say(f"{number_of(len(alone), 'day')} not compared with earlier ones, for want of them: {days}")
     if len(reports) == 1:
         say(f"Data Docs: {_page(storage, reports[0])}; `encode docs {reports[0].day}` fetches and explains it")
     else:
@@ -165,7 +172,7 @@ class _Progress:
         if now - self._last >= _SECONDS_BETWEEN_LINES or self._done == self._total:
             self._last = now
             left = (now - self._start) / self._done * (self._total - self._done)
-            self._say(f"validated {self._done}/{self._total} days, last {day}, about {left:.0f} s left")
+            self._say(f"validated {self._done}/{number_of(self._total, 'day')}, last {day}, about {left:.0f} s left")
 
 
 def _summary(storage: Storage, window: Window, reports: list[DayReport], missing: list[date]) -> dict[str, Any]:
@@ -184,6 +191,7 @@ def _summary(storage: Storage, window: Window, reports: list[DayReport], missing
         "rejected": sum(report.rejected for report in reports),
         "without_category": sum(report.without_category for report in reports),
         "replayed": sum(report.replayed for report in reports),
+        "added": sum(report.added for report in reports),
         "reasons": dict(sorted(reasons.items())),
         "missing_days": [str(day) for day in missing],
         "warnings": [f"{report.day}: {line}" for report in ordered for line in report.warnings],

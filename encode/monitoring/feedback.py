@@ -118,12 +118,16 @@ class Skew:
         self._known_users += int(np.isin(asked, origin.sample.user_ids).sum())
 
     def summary(self) -> dict[str, Any]:
-        """Return PSI against training and the shares of impressions of unknown items and users."""
+        """Return PSI against training and the shares of impressions of unknown items and users.
+
+        The latter is of the `sampled_impressions`, whose users are in the buckets of the sample.
+        """
         expected = self._origin.reference
         told = {"version": self._origin.version, "training_mean": expected.mean}
         told["psi"] = psi(expected.counts, self._scores)
         told["chance"] = chance(len(self._scores), int(expected.counts.sum()), int(self._scores.sum()))
         told["unknown_items"] = 1 - self._known_items / self._items
+        told["sampled_impressions"] = self._users
         return told | ({"unknown_users": 1 - self._known_users / self._users} if self._users else {})
 
 

@@ -30,7 +30,7 @@ from encode.monitoring.style import STYLE
 from encode.outputs import Manifest, read_manifest
 from encode.pages import POLICY
 from encode.pointers import Pointer
-from encode.schema import SECONDS_PER_DAY, day_start
+from encode.schema import SECONDS_PER_DAY, day_start, number_of
 from encode.storage import LostRace, Storage
 
 REPORT = "report.html"
@@ -185,9 +185,17 @@ def _charts(now: Drawn, before: Drawn | None) -> str:
     sample = now.sample
     line = f"; lines: the snapshot before, <code>{escape(before.name)}</code>" if before else ""
     return (
-        f"<section><h2>Users</h2><p>Shares of {len(sample.user_ids):,} users, all of {sample.num_buckets} of "
-        f"{now.manifest.config['num_buckets']} buckets{line}.</p><div class=charts>{''.join(drawn)}</div></section>"
+        f"<section><h2>Users</h2><p>Shares of {_drawn(sample, now.manifest)}{line}.</p>"
+        f"<div class=charts>{''.join(drawn)}</div></section>"
     )
+
+
+def _drawn(sample: Sample, manifest: Manifest) -> str:
+    """Return what the sample is, or that it is no mere sample."""
+    total, users = int(manifest.config["num_buckets"]), number_of(len(sample.user_ids), "user")
+    if sample.num_buckets == total:
+        return f"all {users}"
+    return f"a sample of {users}: all that are in {sample.num_buckets} of {number_of(total, 'bucket')}"
 
 
 def _names(edges: Sequence[int]) -> list[str]:
@@ -212,11 +220,13 @@ def _drift(now: Drawn, before: Drawn | None) -> str:
     rows = "".join(_drift_row(one) for one in shifts(before.sample, now.sample))
     kept = kept_share(before.sample, now.sample)
     warm = now.manifest.details.get("drift")
-    told = f"{kept:.1%} of the users of the snapshot before are in this one. " if kept == kept else ""
+    whose = f"the {number_of(len(before.sample.user_ids), 'user')} in the sample of the snapshot before"
+    told = f"{kept:.1%} of {whose} are in that of this one. " if kept == kept else ""
     if warm is not None:
         told += f"Users clustered from their last centers: inertia {warm:+.2%} against clustering anew."
     return (
-        "<section><h2>Drift</h2><table><tr><th>measure<th>mean before<th>mean now<th>PSI<th>by chance<th></tr>"
+        "<section><h2>Drift</h2><p class=note>Of the same users as the charts.</p>"
+        "<table><tr><th>measure<th>mean before<th>mean now<th>PSI<th>by chance<th></tr>"
         f"{rows}</table><p>{told}</p><p class=note>PSI below {SOME} is no change by custom, above {MUCH} a large one; "
         "by chance: what two samples of one distribution would have.</p></section>"
     )
@@ -240,7 +250,7 @@ def _freshness(now: Drawn, histories: Manifest | None, as_of: date) -> str:
     days = sorted(date.fromisoformat(name.rpartition("=")[2]) for name in found)
     if days:
         missing = sorted({days[0] + timedelta(n) for n in range((as_of - days[0]).days)} - set(days))
-        told.append(f"{len(days):,} validated days from {days[0]} to {days[-1]}")
+        told.append(f"{number_of(len(days), 'validated day')} from {days[0]} to {days[-1]}")
         if missing:
             named = ", ".join(map(str, missing[-_GAPS_SHOWN:]))
             told.append(f"<b>days between without any: {len(missing):,}</b>, the newest: {named}")
@@ -316,10 +326,11 @@ def _example_section(examples: Sequence[Mapping[str, Any]]) -> list[str]:
             for one in user["interests"]
         )
         more = len(user["size"]) - len(user["interests"])
+        note = f"<p class=note>and {number_of(more, 'smaller one')}</p>"
         users.append(
-            f"<div><h3>{user['num_behaviors']:,} behaviors, {len(user['size'])} interests"
+            f"<div><h3>{number_of(user['num_behaviors'], 'behavior')}, {number_of(len(user['size']), 'interest')}"
             "</h3><table><tr><th>share<th>behaviors<th>newest<th>categories"
-            f"<th>top items</tr>{rows}</table>{f'<p class=note>and {more} smaller ones</p>' if more else ''}</div>"
+            f"<th>top items</tr>{rows}</table>{note if more > 0 else ''}</div>"
         )
     return [f"<section><h2>A few users</h2><div class=columns>{''.join(users)}</div></section>"]
 

@@ -55,9 +55,15 @@ class Watch:
                 behaviors into memory, as training does.
             config: how impressions are drawn.
         """
-        told: dict[str, Any] = {"as_of": str(self.as_of), "freshness": self.freshness(), "problems": []}
+        freshness = self.freshness()
+        told: dict[str, Any] = {"as_of": str(self.as_of), "freshness": freshness, "problems": []}
+        if ahead := [name for name, one in freshness.items() if "ahead_days" in one]:
+            told["problems"].append(
+                f"freshness: ahead of {self.as_of}, so without an age as of then: {', '.join(ahead)}"
+            )
         if self.champion is None:
-            return told | {"problems": ["no version has the alias champion: nothing serves"]}
+            told["problems"].append("no version has the alias champion: nothing serves")
+            return told
         measures = {"drift": self.drift} | ({"skew": partial(self.skew, score_days, config)} if score_days else {})
         for name, measure in measures.items():
             try:
@@ -72,7 +78,10 @@ class Watch:
         return self.registry.by_alias(CHAMPION)
 
     def freshness(self) -> dict[str, dict[str, Any]]:
-        """Return the first day that each stage knows nothing of, and how many days ago that began."""
+        """Return the first day that each stage knows nothing of, and how many days ago that began.
+
+        What ends after the day that is asked about is ahead of it, and has no age.
+        """
         ends = {name: self._newest(name) for name in ("raw", "behaviors")}
         pointers = {"histories": "histories"}
         if self.champion is not None:
@@ -83,7 +92,7 @@ class Watch:
             found = read_pointer(self.storage, folder)
             ends[name] = found[0].as_of if found else None
         return {
-            name: {"ends": str(end), "age_days": (self.as_of - end).days} if end else {"ends": None}
+            name: {"ends": str(end), **_age((self.as_of - end).days)} if end else {"ends": None}
             for name, end in ends.items()
         }
 
@@ -96,6 +105,8 @@ class Watch:
     def drift(self) -> dict[str, Any]:
         """Return how far the current snapshot is from the one before, and how many active users it holds.
 
+        All but `users` is of the `sample`, see `encode.monitoring.sample`.
+
         Raises:
             ArtifactError: there is no snapshot, none before it, or one is damaged.
         """
@@ -105,9 +116,14 @@ class Watch:
             raise ArtifactError(f"{folder}: no snapshot yet")
         name, manifest = current[0].snapshot, current[1]
         now = read_sample(self.storage, f"{folder}/{name}", manifest)
-        told: dict[str, Any] = {"snapshot": name, "users": len(now.user_ids)}
+        buckets = int(manifest.config["num_buckets"])
+        told: dict[str, Any] = {
+            "snapshot": name,
+            "users": int(manifest.counts["users"]),
+            "sample": {"users": len(now.user_ids), "buckets": now.num_buckets, "of_buckets": buckets},
+        }
         active = self._active_users()
-        covered = coverage(active, now, int(manifest.config["num_buckets"])) if active is not None else float("nan")
+        covered = coverage(active, now, buckets) if active is not None else float("nan")
         told |= {"coverage_of_newest_day": covered} if covered == covered else {}
         before = self._before(folder, name, manifest)
         if before is None:
@@ -116,7 +132,7 @@ class Watch:
         space = read_space(self.storage, self._serving.space)
         reader = load_model(self.registry.files(self._serving), f"version {self._serving.number}")[1]
         measured = [*shifts(earlier, now), score_shift(earlier, now, space, Engine(space, reader))]
-        told |= {"before": before[0], "users_kept": kept_share(earlier, now)}
+        told |= {"before": before[0], "sampled_users_kept": kept_share(earlier, now)}
         return told | {"measures": {one.name: one.summary() for one in measured}}
 
     def _before(self, folder: str, name: str, manifest: Manifest) -> tuple[str, Sample] | None:
@@ -159,16 +175,15 @@ class Watch:
         end = self._newest("behaviors") or self.as_of
         histories, _ = read_histories(self.storage, max(end, card.as_of), say=self.say)
         own = Window(card.as_of - timedelta(card.test_days), card.as_of)
-        then, now = (
-            _score(space, reader, histories, window, config) for window in (own, Window(end - timedelta(days), end))
-        )
+        newest = Window(end - timedelta(days), end)
+        then, now = (_score(space, reader, histories, window, config) for window in (own, newest))
         moved = shift("score", then.probabilities, now.probabilities)
         shown = now.replay.impressions
         measured = summary(shown.user, shown.labels, now.probabilities, shown.first_time)
         names = ("auc", "gauc", "logloss", "calibration", "impressions")
         return {
-            "trained": str(own),
-            "scored": f"{end - timedelta(days)}..{end}",
+            "trained": own.in_words(),
+            "scored": newest.in_words(),
             **moved.summary(),
             "unknown_items": float(1 - space.vocabulary.is_item(now.replay.target_index).mean()),
             "users_without_history": float(np.mean(now.replay.history_lengths() == 0)),
@@ -187,6 +202,10 @@ class _Scored:
     replay: Replay
     probabilities: npt.NDArray[np.float32]
     """[impressions of the replay]"""
+
+
+def _age(days: int) -> dict[str, int]:
+    return {"age_days": days} if days >= 0 else {"ahead_days": -days}
 
 
 def _score(space: Space, reader: Reader, histories: Histories, days: Window, config: TrainingConfig) -> _Scored:

@@ -110,7 +110,7 @@ def test_a_late_day_is_merged_by_time(storage, write_day, bring_up):
     bring_up(3)
     write_day(storage, day(1), draw(1))
     grouped, said = bring_up(3)
-    assert "grouping 120 behaviors of 1 days on top of" in said[0]
+    assert "grouping 120 behaviors of 1 partition on top of" in said[0]
     assert histories_of(storage, grouped) == expected(0, 1, 2)
 
 

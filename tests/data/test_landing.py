@@ -101,7 +101,7 @@ def test_a_day_of_another_log_is_named_and_nothing_is_written(tmp_path):
     storage = FolderStorage(tmp_path / "store")
     land(storage, taobao(tmp_path / "one", f"1,11,5,pv,{T2}\n"))
     before = content(storage)
-    with pytest.raises(DataError, match=rf"1 days are there already.*raw/dt={SECOND} holds 1 rows of another log"):
+    with pytest.raises(DataError, match=rf"1 day there already.*raw/dt={SECOND} holds 1 row of another log"):
         land(storage, taobao(tmp_path / "two", f"1,11,5,pv,{T1}\n9,11,5,pv,{T2}\n"))
     assert content(storage) == before
 
@@ -109,7 +109,7 @@ def test_a_day_of_another_log_is_named_and_nothing_is_written(tmp_path):
 def test_a_day_with_files_of_its_owner_is_left_alone(tmp_path):
     storage = FolderStorage(tmp_path / "store")
     storage.put(f"raw/dt={FIRST}/export-7.csv", b"1,2,3,pv,4\n")
-    with pytest.raises(DataError, match="holds 1 files that were not landed from here"):
+    with pytest.raises(DataError, match="holds 1 file not landed from here"):
         land(storage, taobao(tmp_path / "in", f"1,11,5,pv,{T1}\n"))
     assert storage.list("") == [f"raw/dt={FIRST}/export-7.csv"]
 

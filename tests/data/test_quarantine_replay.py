@@ -87,8 +87,13 @@ def test_rows_of_a_behavior_that_is_allowed_by_now_become_part_of_the_day(storag
     assert manifest.counts == {"rows": 4, "raw_rows": 26, "rejected": 2, "without_category": 7, "users": 8}
     after = content(storage)
     assert after.items() > before.items()
-    again = replay_window(storage, ONE_DAY, wider)
-    assert again == summary | {"validated": 0, "unchanged": 1, "replayed": 0}
+    said = []
+    again = replay_window(storage, ONE_DAY, wider, said.append)
+    assert again == summary | {"validated": 0, "unchanged": 1, "replayed": 0, "added": 0}
+    assert said[:2] == [
+        "0 days to replay, 1 validated before",
+        "nothing was replayed: neither the raw data nor the settings of these days changed since they were validated",
+    ]
     assert validate_window(storage, ONE_DAY, wider) == again
     assert content(storage) == after
 
@@ -134,6 +139,17 @@ def test_rows_that_were_published_must_be_in_a_day_that_is_landed_again(tmp_path
     }
 
 
+def test_a_replay_in_which_nothing_is_good_by_now_says_so_and_adds_nothing(tmp_path):
+    storage = FolderStorage(tmp_path)
+    put_rows(storage, [*good_rows(20), (1, 1, 1, "cart", NOON)])
+    assert validate_window(storage, ONE_DAY, config(behaviors=("pv",)))["added"] == 20
+    said = []
+    summary = replay_window(storage, ONE_DAY, config(behaviors=("pv", "fav")), said.append)
+    assert (summary["validated"], summary["added"]) == (1, 0)
+    assert said[0] == "1 day to replay, 0 validated before"
+    assert "nothing was replayed: no row in quarantine is good by now" in said
+
+
 def test_a_refused_day_is_validated_anew_and_a_replay_can_be_refused(tmp_path):
     storage = FolderStorage(tmp_path)
     put_rows(storage, [*good_rows(20), *[(8, 80, 1, "cart", NOON + i) for i in range(10)]])
@@ -141,7 +157,7 @@ def test_a_refused_day_is_validated_anew_and_a_replay_can_be_refused(tmp_path):
         validate_window(storage, ONE_DAY, config(behaviors=("pv",), max_rejected_share=0.1))
     wider = config(behaviors=("pv", "cart"), max_rejected_share=0.1)
     summary = replay_window(storage, ONE_DAY, wider)
-    assert (summary["validated"], summary["accepted"], summary["replayed"]) == (1, 30, 0)
+    assert (summary["validated"], summary["accepted"], summary["replayed"], summary["added"]) == (1, 30, 0, 30)
     before = content(storage)
     for _ in range(2):
         with pytest.raises(QualityError, match="expected min_value 31"):
@@ -179,7 +195,7 @@ def test_a_refresh_finds_what_a_replay_added_and_adds_it_on_top(tmp_path):
         replay_window(storage, Window(days[0], days[1]), config(behaviors=("pv", "cart")))
         second = group_histories(storage, engine, window.end, settings_, said.append)
     assert (first.manifest.counts["behaviors"], second.manifest.counts["behaviors"]) == (40, 45)
-    assert any(f"grouping 5 behaviors of 1 days on top of {first.snapshot}" in line for line in said)
+    assert any(f"grouping 5 behaviors of 1 partition on top of {first.snapshot}" in line for line in said)
     histories, inputs = read_histories(storage, window.end)
     assert len(histories.item_ids) == 45
     assert f"behaviors/dt={days[0]}/replay-001" in inputs
@@ -280,5 +296,5 @@ def test_the_step_is_the_same_and_the_docs_show_the_day_as_it_is_now(tmp_path):
     found = steps.docs(config(), places, tmp_path / "docs", DAY, None, said.append)
     assert (tmp_path / "docs" / f"{DAY}-replay-001.html").read_bytes() == storage.get(page)
     assert found["page"] == str(tmp_path / "docs" / f"{DAY}-replay-001.html")
-    assert "  1 rows rejected: user_id_not_positive" in said
+    assert "  1 row rejected: user_id_not_positive" in said
     assert any("row 25: user_id '0', item_id '1'" in line for line in said)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import date, timedelta
 from html import escape
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,18 +100,70 @@ def test_good_rows_are_published_and_bad_ones_kept_with_a_reason(tmp_path):
     assert list(manifest.inputs) == [f"raw/dt={DAY}"]
 
 
-def test_the_page_is_complete_in_itself_and_shows_the_reasons(tmp_path):
+class Page(HTMLParser):
+    """Its tags with attributes, and the cells of each row of its tables as text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.rows, self._in_cell = [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+            self._in_cell = False
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        self._in_cell &= tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_the_page_is_complete_in_itself_and_leads_nowhere(tmp_path):
     storage = FolderStorage(tmp_path)
     put_rows(storage, [*good_rows(400), (0, 1, 1, "pv", NOON)])
     validate_day(storage, DAY, config(behaviors=("pv", "buy")))
-    page = storage.get(f"quarantine/dt={DAY}/index.html").decode()
-    assert "user_id_not_positive</td><td>1<" in page
-    assert "http://" not in page
-    assert "https://" not in page
-    assert "<script" not in page
+    page = Page(storage.get(f"quarantine/dt={DAY}/index.html").decode())
+    dead = {"a", "button", "input", "form", "label", "link", "script", "img", "iframe", "nav"}
+    assert {tag for tag, _ in page.tags} & dead == set()
+    named = {name for _, attributes in page.tags for name in attributes}
+    assert {name for name in named if name in ("href", "src") or name.startswith("on")} == set()
 
 
-TITLE = "Data documentation compiled by Great Expectations"
+def test_the_numbers_of_the_page_agree_with_the_report_and_with_one_another(tmp_path):
+    """The last row has two faults and one reason; that the file mixes units of time is no expectation."""
+    storage = FolderStorage(tmp_path)
+    missing = [(None, 500 + place, 1, "pv", NOON) for place in range(3)]
+    put_rows(storage, [*good_rows(400), *missing, (9, 9, 1, "pv", NOON * 1000), (None, 7, 1, "?", NOON)])
+    report = validate_day(storage, DAY, config(behaviors=("pv", "buy"), max_rejected_share=0.02))
+    text = storage.get(f"quarantine/dt={DAY}/index.html").decode()
+    page = Page(text)
+    raw, rejected = report.rows, report.rejected
+    assert (raw, rejected) == (405, 5)
+    assert f"405 raw rows of Tuesday: {report.accepted} accepted, 5 rejected (1.23%), allowed 2.00%" in text
+    start = page.rows.index(["reason", "rows"])
+    kept = {reason: int(count) for reason, count in page.rows[start + 1 : start + 2 + len(report.reasons)]}
+    assert kept == report.reasons | {"all": rejected}
+    assert f"Warnings <small>({len(report.warnings)})" in text
+    assert all(escape(line) in text for line in report.warnings)
+    assert any("mixed time units" in line for line in report.warnings)
+    result = json.loads(storage.get(f"quarantine/dt={DAY}/result.json"))
+    held, failed = (int(cell) for cell in next(row for row in page.rows if row[0] == "all" and len(row) == 4)[2:])
+    assert (held, failed) == tuple(sum(one["success"] is good for one in result["results"]) for good in (True, False))
+    shown = sum(text.count(sentence) for sentence in ("values must ", "Must have ", "then must have "))
+    assert shown == held + failed == len(result["results"])
+    assert "behavior_unknown" not in report.reasons
+    assert "may be higher than those of the reasons" in text
+    assert "nan" not in [cell for row in page.rows for cell in row]
+
+
+TITLE = f"{DAY}: published"
 NASTY = (
     '<svg onload="document.title = 1337">',
     "<iframe src=javascript:top.document.title=1337></iframe>",
@@ -154,6 +207,7 @@ def test_a_browser_runs_nothing_of_a_page_and_shows_every_value_as_it_came(nasty
         assert browser.run("document.title") == TITLE
         shown = browser.run("[...document.querySelectorAll('.table-bordered td:first-child')].map(td => td.innerText)")
         assert sorted(shown) == sorted([*NASTY, "behavior_unknown"])
+        assert browser.logged == []
         # Even if it were left raw, the policy of the page would not let it run.
         raw = tmp_path / "raw.html"
         raw.write_text(nasty_page.read_text().replace(escape(NASTY[0]), NASTY[0]))
@@ -324,7 +378,7 @@ def test_files_beside_a_landed_day_are_not_ignored(tmp_path):
     settings_ = config("generated", source)
     first = land(storage, settings_.source).days[0]
     put_rows(storage, good_rows(3), day=first, name="late.parquet")
-    with pytest.raises(DataError, match=r"found 1 files beside those of its manifest \(first: late.parquet\)"):
+    with pytest.raises(DataError, match=r"found 1 file beside those of its manifest \(first: late.parquet\)"):
         validate_day(storage, first, settings_)
 
 
@@ -354,12 +408,10 @@ def test_a_window_is_landed_validated_and_then_left_alone(tmp_path):
     assert summary["rows"] == summary["accepted"] == landed.landed
     assert said[0] == "4 days to validate, 0 validated before"
     assert "validated 4/4 days" in said[1]
-    assert (
-        said[2] == f"4 days were not compared with earlier ones, for want of them: {landed.days[0]} to {landed.days[3]}"
-    )
+    assert said[2] == f"4 days not compared with earlier ones, for want of them: {landed.days[0]} to {landed.days[3]}"
     assert said[3].startswith(f"Data Docs: {storage.uri}/quarantine/dt=DAY/index.html")
     again = validate_window(storage, window, settings_)
-    assert again == summary | {"validated": 0, "unchanged": 4}
+    assert again == summary | {"validated": 0, "unchanged": 4, "added": 0}
     histories, _ = read_histories(storage, window.end)
     assert (len(histories), len(histories.item_ids)) == (20, landed.landed)
 
@@ -424,7 +476,7 @@ def test_an_unusual_day_is_said_recorded_and_published(tmp_path):
     said = []
     summary = validate_window(storage, window, config(), said.append)
     assert (summary["days"], summary["compared"]) == (8, 1)
-    assert "7 days were not compared with earlier ones, for want of them: 2024-03-05 to 2024-03-11" in said
+    assert "7 days not compared with earlier ones, for want of them: 2024-03-05 to 2024-03-11" in said
     (rows, hours) = (next(w for w in summary["warnings"] if text in w) for text in ("rows: found 100", "PSI of hours"))
     assert rows == "2024-03-12: rows: found 100, usually 160 to 250"
     assert rows in said
@@ -432,8 +484,10 @@ def test_an_unusual_day_is_said_recorded_and_published(tmp_path):
     manifest = read_manifest(storage, f"quarantine/dt={days[-1]}")
     assert list(manifest.details["compared_with"]) == [str(day) for day in days[:-1]]
     page = storage.get(f"quarantine/dt={days[-1]}/index.html").decode()
-    assert f"{days[-1]}: published, {len(summary['warnings'])} warnings" in page
-    assert "<td>rows</td><td>100</td><td>160</td><td>250</td>" in page
+    assert f"<h1>{days[-1]}: published</h1>" in page
+    assert f"<h2>Warnings <small>({len(summary['warnings'])})</small></h2>" in page
+    numbers = "".join(f"<td class=number>{number}</td>" for number in (100, 160, 250))
+    assert f"<td>rows</td>{numbers}" in page
     assert "Not compared with the days before it" in storage.get(f"quarantine/dt={days[0]}/index.html").decode()
     result = json.loads(storage.get(f"quarantine/dt={days[-1]}/result.json"))
     measured = {

@@ -424,6 +424,6 @@ def test_splits_follow_one_another_up_to_the_end():
     assert splits.valid == Window(date(2024, 3, 7), date(2024, 3, 9))
     assert splits.test == Window(date(2024, 3, 9), date(2024, 3, 12))
     with pytest.raises(
-        DataError, match=r"10 days; training needs more than 10 .*train_days 5 \+ valid_days 2 \+ test_days 3"
+        DataError, match=r"\(10 days\): training needs more than 10 .*train_days 5 \+ valid_days 2 \+ test_days 3"
     ):
         split_days(Window(date(2024, 3, 2), date(2024, 3, 12)), config)

@@ -139,6 +139,7 @@ def test_unknown_users_count_where_the_sample_knows_them(space):
     skew = Skew(Origin("3", reference, space.vocabulary, sample, 4))
     skew.add(users, np.array([5, 999] * 20), np.repeat([0.1, 0.5], 20))
     told = skew.summary()
+    assert told["sampled_impressions"] == len(held) < len(users)
     assert told["unknown_users"] == pytest.approx(1 / len(held))
     assert told["unknown_items"] == 0.5
     assert told["version"] == "3"

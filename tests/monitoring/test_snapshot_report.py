@@ -11,7 +11,8 @@ import pytest
 from encode.data.parquet import parquet_bytes
 from encode.interests.snapshots import folder_of
 from encode.monitoring.charts import bars
-from encode.monitoring.report import report_key, write_report
+from encode.monitoring.report import Drawn, render, report_key, write_report
+from encode.monitoring.sample import read_sample
 from encode.outputs import MANIFEST, read_manifest
 from encode.pointers import read_pointer
 from encode.schema import ITEMS
@@ -60,14 +61,27 @@ def test_the_page_tells_sizes_drift_freshness_and_examples(store, space, current
         "61 users",
         f"{both[1][1].counts['interests']:,} interests",
         "5 clustered in this refresh",
+        "Shares of all 61 users",
         f"the snapshot before, {both[0][0]}",
-        "98.3% of the users of the snapshot before are in this one",
+        "98.3% of the 60 users in the sample of the snapshot before are in that of this one",
         "2 validated days from 2024-03-01 to 2024-03-02",
         both[1][1].inputs[f"spaces/{space.id}"],
     ):
         assert line in text, line
     assert sum(tag == "svg" for tag, _ in checked.tags) == 5
     assert sum(attributes.get("class") == "before" for _, attributes in checked.tags) > 20
+
+
+def test_the_page_says_what_is_a_sample(store, space, current, both):
+    drawn = [
+        Drawn(name, made, read_sample(store, f"{folder_of(space.id)}/{name}", made, enough=10)) for name, made in both
+    ]
+    _, text = read(render(space.id, drawn[1], drawn[0], None, []))
+    users = [len(one.sample.user_ids) for one in drawn]
+    assert 10 <= users[1] < 61
+    assert f"Shares of a sample of {users[1]} users: all that are in 1 of 4 buckets" in text
+    assert "61 users" in text
+    assert f"of the {users[0]} users in the sample of the snapshot before are in that of this one" in text
 
 
 def test_the_page_loads_nothing_and_names_no_user(store, space, current):

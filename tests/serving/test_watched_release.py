@@ -84,7 +84,22 @@ def test_scoring_the_days_of_the_test_again_shows_no_skew(storage, known, releas
     assert told["drift"]["before"] is None
     shown = "\n".join(lines(told))
     assert f"snapshot: ends {as_of}, age days 3" in shown
+    drift = told["drift"]
+    buckets = drift["sample"]["of_buckets"]
+    assert drift["sample"] == {"users": drift["users"], "buckets": buckets, "of_buckets": buckets}
+    first, last = as_of - timedelta(released.card.test_days), as_of - timedelta(1)
+    assert told["skew"]["scored"].startswith(f"{first} to {last} (")
     assert "psi: 0\n" in shown
+
+
+def test_what_is_ahead_of_the_day_that_is_asked_about_has_no_negative_age(storage, known, released):
+    as_of = released.card.as_of - timedelta(2)
+    told = Watch(storage, known, as_of, lambda _: None).look(0, TINY.training)
+    assert told["freshness"]["snapshot"] == {"ends": str(released.card.as_of), "ahead_days": 2}
+    assert not any("age_days" in one for one in told["freshness"].values())
+    expected = f"freshness: ahead of {as_of}, so without an age as of then: raw, behaviors, model, histories, snapshot"
+    assert told["problems"] == [expected]
+    assert f"  raw: ends {released.card.as_of}, ahead days 2" in lines(told)
 
 
 def test_an_empty_store_is_measured_as_far_as_it_goes(tmp_path, places, known):
