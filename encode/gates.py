@@ -20,6 +20,7 @@ from encode.evaluate.reading import predict
 from encode.evaluate.replay import Replay, make_replay
 from encode.interests.clustered import cluster_histories
 from encode.interests.extract import extract, state_of
+from encode.interests.user_rows import UserRows
 from encode.model.files import UserState
 from encode.schema import Window, day_start
 from encode.serving.bundle import Bundle
@@ -133,11 +134,10 @@ def parity(bundle: Bundle, histories: Histories, replay: Replay, probabilities: 
     rows, offsets = rows_of(replay.history_begin[chosen], replay.history_end[chosen])
     columns = (histories.item_ids, histories.category_ids, histories.timestamps)
     batch = to_batch(replay.history_user_ids[chosen], offsets, [column[rows] for column in columns])
-    interests = extract(batch, bundle.space)
+    interests = UserRows(extract(batch, bundle.space))
     differences = []
     for place, history in enumerate(chosen):
-        row = {name: interests.column(name)[place] for name in interests.schema.names}
-        known = state_of(row, bundle.space).known
+        known = state_of(interests[place], bundle.space).known
         first, last = replay.impression_offsets[history : history + 2]
         for shown in range(first, min(last, first + _PARITY_IMPRESSIONS)):
             since = replay.behavior_index[replay.recent_begin[shown] : replay.recent_end[shown]]

@@ -30,6 +30,7 @@ from encode.evaluate.reading import predict, read_batch
 from encode.evaluate.replay import Replay, assign, make_replay
 from encode.interests.clustered import Clustered
 from encode.interests.extract import extract, state_of
+from encode.interests.user_rows import UserRows
 from encode.model.ctr import Reader, Tables
 from encode.model.files import ModelCard, model_files
 from encode.model.long_term import Catalog
@@ -279,11 +280,8 @@ def _made_up(histories: Histories, rng: np.random.Generator) -> pa.RecordBatch:
 def package(trained: Trained, histories: Histories, as_of: date, config: Config) -> tuple[ModelCard, dict[str, bytes]]:
     """Return a trained model as files, with a mirror test of made-up users with long histories and one unknown."""
     space, rng = trained.space, np.random.default_rng(0)
-    rows = extract(_made_up(histories, rng), space)
-    users = [
-        state_of({name: rows.column(name)[place] for name in rows.schema.names}, space) for place in range(len(rows))
-    ]
-    users.append(state_of(None, space))
+    rows = UserRows(extract(_made_up(histories, rng), space))
+    users = [state_of(row, space) for row in (*rows, None)]
     targets = rng.integers(UNKNOWN, len(space.vocabulary), size=(len(users), _MIRROR_TARGETS))
     card = ModelCard(
         model=config.model,

@@ -61,7 +61,7 @@ class Vocabulary:
         index += self.num_categories
         if category_ids is None:
             index[outside] = UNKNOWN
-        else:
+        elif len(outside):
             index[outside] = self._find_categories(np.asarray(category_ids, np.int64).ravel()[outside])
         index[ids.ravel() == PADDING] = PADDING
         return index.reshape(ids.shape)

@@ -23,6 +23,7 @@ from encode.interests.kmeans import Starts, cluster
 from encode.interests.lloyd import Labels
 from encode.interests.pooling import Behaviors, pool
 from encode.interests.remembered import most_frequent
+from encode.interests.user_rows import UserRow
 from encode.model.files import UserState, user_state
 from encode.model.space import Space
 from encode.schema import interests_schema
@@ -117,8 +118,8 @@ def schema_of(space: Space) -> pa.Schema:
     return interests_schema(space.key.shape[1], space.embedding.shape[1])
 
 
-def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
-    """Turn a user's row, Arrow scalars by column, into what the model reads; None gives a user without interests."""
+def state_of(row: UserRow | None, space: Space) -> UserState:
+    """Turn a user's row into what the model reads; None gives a user without interests."""
     num_clusters, length = space.config.clustering.num_clusters, space.config.recent_length
     center, variance = np.zeros((2, num_clusters, space.key.shape[1]), np.float32)
     value = np.zeros((num_clusters, space.embedding.shape[1]), np.float32)
@@ -126,14 +127,12 @@ def state_of(row: dict[str, Any] | None, space: Space) -> UserState:
     recent = np.zeros(length, np.int64)
     index, times = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if row is not None:
-        sizes = row["size"].values.to_numpy()
-        count = len(sizes)
-        for name, vectors in (("center", center), ("variance", variance), ("value", value)):
-            vectors[:count] = row[name].values.flatten().to_numpy().reshape(count, vectors.shape[1])
-        size[:count] = sizes
-        index, times = (row[name].values.to_numpy().astype(np.int64) for name in ("item_index", "item_times"))
-        items, categories = (row[f"recent_{name}"].values.to_numpy() for name in ("item_id", "category_id"))
-        recent[: len(items)] = space.vocabulary.index(items, categories)
+        for name, part in (("center", center), ("variance", variance), ("value", value), ("size", size)):
+            found = row[name]
+            part[: len(found)] = found
+        index, times = (row[name].astype(np.int64) for name in ("item_index", "item_times"))
+        items = row["recent_item_id"]
+        recent[: len(items)] = space.vocabulary.index(items, row["recent_category_id"])
     centers, values, sizes, variances = (torch.from_numpy(array) for array in (center, value, size, variance))
     category = space.vocabulary.category_index[index]
     return user_state(centers, values, sizes, variances, space.scale, index, times, category, recent)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from encode.interests.extract import state_of
+from encode.interests.user_rows import UserRow, UserRows
 from encode.model.space import Space
 from encode.monitoring.sample import Sample
 from encode.monitoring.stability import Counts, Floats, chance, counts_of, edges_of, psi
@@ -103,11 +102,10 @@ def score_shift(before: Sample, now: Sample, space: Space, engine: Engine) -> Sh
     return shift("score", *scores)
 
 
-def _rows_of(sample: Sample, users: npt.NDArray[np.int64]) -> list[Mapping[str, Any]]:
-    places = np.searchsorted(sample.rows["user_id"].to_numpy(), users)
-    columns = {name: sample.rows[name].combine_chunks() for name in sample.rows.column_names}
-    return [{name: column[int(place)] for name, column in columns.items()} for place in places]
+def _rows_of(sample: Sample, users: npt.NDArray[np.int64]) -> list[UserRow]:
+    places, rows = np.searchsorted(sample.rows["user_id"].to_numpy(), users), UserRows(sample.rows)
+    return [rows[int(place)] for place in places]
 
 
-def _scores(row: Mapping[str, Any], space: Space, engine: Engine, target: torch.Tensor) -> Floats:
-    return engine.score_user(state_of(dict(row), space), target).numpy().astype(np.float64)
+def _scores(row: UserRow, space: Space, engine: Engine, target: torch.Tensor) -> Floats:
+    return engine.score_user(state_of(row, space), target).numpy().astype(np.float64)

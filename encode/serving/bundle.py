@@ -118,16 +118,16 @@ class Bundle:
         row = self.snapshot.find(user_id)
         if row is None:
             return None
-        sizes = row["size"].as_py()
+        sizes = row["size"].tolist()
         return [
             {
                 "weight": size / sum(sizes),
                 "size": size,
                 "newest": newest,
-                "top_items": [{"item_id": item, "name": self.names.get(item)} for item in items],
+                "top_items": [{"item_id": item, "name": self.names.get(item)} for item in items.tolist()],
                 "categories": self._categories(items),
             }
-            for size, newest, items in zip(sizes, row["newest"].as_py(), row["top_items"].as_py(), strict=True)
+            for size, newest, items in zip(sizes, row["newest"].tolist(), row["top_items"], strict=True)
         ]
 
     def attention(self, user_id: int, item_id: int) -> list[float] | None:

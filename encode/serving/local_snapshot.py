@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from encode.errors import ArtifactError, ConfigError
 from encode.interests.snapshots import snapshot_file
+from encode.interests.user_rows import UserRow, UserRows
 from encode.outputs import Manifest, Part, read_part
 from encode.schema import bucket_of, digest
 from encode.storage import Storage
@@ -93,8 +93,8 @@ class LocalSnapshot:
         """Return the shard that holds a user, one of as many as there are."""
         return Shard(self._bucket(user_id) % self.shard.count, self.shard.count)
 
-    def find(self, user_id: int) -> dict[str, Any] | None:
-        """Return the user's row as Arrow scalars by column name, or None for a user without a row in this shard."""
+    def find(self, user_id: int) -> UserRow | None:
+        """Return the user's row, or None for a user without a row in this shard."""
         if user_id in self.erased:
             return None
         found = (part.find(user_id) for part in self._buckets.get(snapshot_file(self._bucket(user_id)), ()))
@@ -126,30 +126,30 @@ class _MappedPart:
 
     def __init__(self, path: Path) -> None:
         self.user_ids: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        self._batches: list[pa.RecordBatch] = []
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
+            batches = [reader.get_batch(place) for place in range(reader.num_record_batches)]
         except pa.ArrowInvalid as error:
             raise ArtifactError(f"{path}: not an Arrow IPC file ({error}); refresh the snapshot") from None
-        if self._batches:
-            self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in self._batches])
-        self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
+        if batches:
+            self.user_ids = np.concatenate([batch.column("user_id").to_numpy() for batch in batches])
+        self._num_behaviors = [batch.column("num_behaviors").to_numpy() for batch in batches]
+        self._rows = [UserRows(batch) for batch in batches]
+        self._starts = np.cumsum([0, *map(len, self._rows)])
 
     def busiest(self, left_out: Set[int]) -> tuple[int, int]:
         """Return the most behaviors of a user in this part, -1 where all are left out, and the user."""
-        counts = np.concatenate([batch.column("num_behaviors").to_numpy() for batch in self._batches])
+        counts = np.concatenate(self._num_behaviors)
         counts[np.isin(self.user_ids, list(left_out))] = -1
         place = int(np.argmax(counts))
         return int(counts[place]), int(self.user_ids[place])
 
-    def find(self, user_id: int) -> dict[str, Any] | None:
+    def find(self, user_id: int) -> UserRow | None:
         row = int(np.searchsorted(self.user_ids, user_id))
         if row == len(self.user_ids) or self.user_ids[row] != user_id:
             return None
         place = int(np.searchsorted(self._starts, row, "right")) - 1
-        batch = self._batches[place]
-        return {name: batch.column(name)[row - int(self._starts[place])] for name in batch.schema.names}
+        return self._rows[place][row - int(self._starts[place])]
 
 
 def remove_files(cache: Path, kept: set[str]) -> None:

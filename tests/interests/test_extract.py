@@ -16,6 +16,7 @@ from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
 from encode.interests.extract import extract, state_of
 from encode.interests.kmeans import Starts, cluster
+from encode.interests.user_rows import UserRows
 from encode.model.ctr import Encode, Reader, Tables
 from encode.model.relevance import NO_ITEM
 from encode.model.space import SpaceConfig, space_of
@@ -204,7 +205,7 @@ def test_a_user_without_behaviors_has_no_interests():
 def test_state_is_the_row_padded():
     histories = [(8, []), (9, [(12, 3, 1), (50, 2, 2), (999, 9, 3)])]
     rows = extract(to_batch(histories), SPACE)
-    empty, state = (state_of({n: rows.column(n)[place] for n in rows.schema.names}, SPACE) for place in range(2))
+    empty, state = (state_of(row, SPACE) for row in UserRows(rows))
     assert state.recent.tolist() == [*VOCABULARY.index(np.array([12, 50, 999]), np.array([3, 2, 9])), 0, 0]
     assert state.known.interests.size.sum() == 3
     assert state.known.interests.center.shape == (1, NUM_CLUSTERS, MODEL.projected_dim)
