@@ -106,12 +106,8 @@ class Bundle:
         probability = self.engine.score_user(user, torch.from_numpy(target))
         if not probability.isfinite().all():
             raise ArtifactError(f"bundle {self.id}: a probability is not a number")
-        known = self.space.vocabulary.is_item(target)
-        return Scored(
-            probability.tolist(),
-            row is None,
-            [item for item, is_known in zip(item_ids, known, strict=True) if not is_known],
-        )
+        unknown = np.flatnonzero(~self.space.vocabulary.is_item(target))
+        return Scored(probability.tolist(), row is None, [item_ids[place] for place in unknown.tolist()])
 
     def interests(self, user_id: int) -> list[dict[str, Any]] | None:
         """Return what the system thinks a user likes, largest interest first; None for an unknown user."""
