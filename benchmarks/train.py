@@ -24,7 +24,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -55,6 +54,7 @@ from encode.evaluate.batches import batches
 from encode.evaluate.replay import Replay, make_replay
 from encode.interests.clustered import Clustered
 from encode.model.ctr import Reader, Tables
+from encode.quality.cells import processor
 from encode.schema import BEHAVIORS, Window, day_start
 
 MODEL, TRAINING = ModelConfig(), TrainingConfig()
@@ -455,16 +455,6 @@ def measure(num_impressions: int, pace: Pace) -> dict[str, Any]:
 def num_cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def say(line: str) -> None:

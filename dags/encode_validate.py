@@ -3,7 +3,7 @@
 Turns the raw partitions of some days, `raw/dt=D`, into behaviors, `behaviors/dt=D`. Rows that break the contract go to
 `quarantine/dt=D` with a reason each; Great Expectations judges each day, and its Data Docs page lies beside it.
 Days that are validated already are left alone, unless *Replay* is on and what is wrong with them was mended. A replay
-that adds nothing says so, is skipped, and triggers no refresh.
+of days that the histories hold already, as it is by then, is skipped, and triggers no refresh.
 
 **Which days.** *First day* and *End* of the form; else those of the `encode_raw` events that triggered the run; else
 the data interval: of a schedule (`ENCODE_VALIDATE_SCHEDULE`), of a backfill, or, with a schedule, the last one before
@@ -45,7 +45,7 @@ from encode_wiring import (
             type="boolean",
             title="Replay",
             description="Also judge anew what days that are validated have in quarantine, where their raw data or the "
-            "settings changed since, and add what is good by now. Where nothing is added, nothing is triggered.",
+            "settings changed since, and add what is good by now.",
         ),
         "dry_run": dry_run_param(),
     },

@@ -118,14 +118,13 @@ class Run:
 
 
 def skip_where_nothing_is_new(summary: dict[str, Any], replay: bool) -> None:
-    """Skip the task of a replay that added no behavior, so that it triggers nothing; its summary is kept as XCom.
+    """Skip the task of a replay whose days are all in the histories already, so that it triggers nothing.
 
-    Not where it is tried again: the try before may have added some, and have been killed before it said so.
+    What an earlier run added before it failed, or was killed, still waits for a refresh. The summary is kept as XCom.
     """
-    ti = get_current_context()["ti"]
-    if replay and not summary["added"] and ti.try_number == 1:
-        ti.xcom_push("return_value", summary)
-        raise AirflowSkipException("nothing was replayed: there are no new behaviors, and nothing is triggered")
+    if replay and not summary["waiting"]:
+        get_current_context()["ti"].xcom_push("return_value", summary)
+        raise AirflowSkipException("the histories hold all behaviors of these days: nothing is triggered")
 
 
 def resolved(context: Any, *, days: bool = True) -> Run:

@@ -284,7 +284,8 @@ def _add_stack(commands: Any, add: Callable[..., Any], with_step: Callable[..., 
 def _with_ports(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dags", type=Path, default=Path("dags"), help="folder of the DAGs (default: %(default)s)")
     for name, port in (("serving", 8000), ("mlflow", 5000), ("airflow", 8080), ("objectstore", 8333)):
-        command.add_argument(f"--{name}-port", type=_port, help=f"default: {port}, or a free one if it is taken")
+        text = f"default: the one asked for last, else {port}; a free one if that is taken; 0 is any"
+        command.add_argument(f"--{name}-port", type=_port, help=text)
 
 
 def _with_dry_run(command: argparse._ActionsContainer) -> None:
@@ -347,17 +348,20 @@ def _places(options: argparse.Namespace) -> Places:
                 f"--workdir {options.workdir}: there is no store in it; `encode run` or `encode land` begins one"
             )
         return places
+    if not os.environ.get("ENCODE_STORE"):
+        from encode.stack import is_stopped
+
+        if is_stopped(HOME):
+            raise ConfigError(
+                f"the local stack in {HOME} is stopped: `encode stack up` starts it; or set ENCODE_STORE to another "
+                "store"
+            )
     return Places.from_environment(_environment())
 
 
 def _environment() -> dict[str, str]:
-    from encode.errors import ConfigError
-    from encode.stack import is_stopped, load_client_environment
+    from encode.stack.home import load_client_environment
 
-    if not os.environ.get("ENCODE_STORE") and is_stopped(HOME):
-        raise ConfigError(
-            f"the local stack in {HOME} is stopped: `encode stack up` starts it; or set ENCODE_STORE to another store"
-        )
     return {**load_client_environment(HOME), **os.environ}
 
 
@@ -595,6 +599,7 @@ def _lineage(options: argparse.Namespace) -> None:
     from encode.lineage import Lineage
     from encode.lineage_text import tree
     from encode.registry import Registry
+    from encode.schema import number_of
     from encode.storage import open_storage
 
     places = _places(options)
@@ -611,9 +616,9 @@ def _lineage(options: argparse.Namespace) -> None:
         for line in tree(found):
             print(line)
         if options.verify:
-            print(f"{lineage.files_read:,} files were read and held against their digests")
+            print(f"read and found to be what their digests say: {number_of(lineage.files_whole, 'file')}")
     if problems := found.all_problems():
-        raise ArtifactError(f"lineage: {len(problems)} links are missing, damaged or not as recorded")
+        raise ArtifactError(f"lineage: missing, damaged or not as recorded: {number_of(len(problems), 'link')}")
 
 
 def _monitor(options: argparse.Namespace) -> None:

@@ -320,15 +320,23 @@ def _parsed(preset: str, text: str) -> Any:
     import yaml
 
     try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        for section in (root, *(value for _, value in root.value)) if isinstance(root, yaml.MappingNode) else ():
+        sections, walked = [yaml.compose(text, yaml.SafeLoader)], set()
+        while sections:
+            section = sections.pop()
+            if not isinstance(section, yaml.CollectionNode) or id(section) in walked:  # an alias may lead back
+                continue
+            walked.add(id(section))
+            if isinstance(section, yaml.SequenceNode):
+                sections += section.value
+                continue
+            sections += [value for _, value in section.value]
             seen: set[str] = set()
-            for key, _ in section.value if isinstance(section, yaml.MappingNode) else ():
-                if str(key.value) in seen:
+            for key in (key for key, _ in section.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
                     raise ConfigError(f"preset {preset}: {key.value} a second time in line {key.start_mark.line + 1}")
-                seen.add(str(key.value))
+                seen.add(key.value)
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is in no calendar
         raise ConfigError(f"preset {preset}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"preset {preset}: nested too deeply, expected settings as `section: ...`") from None

@@ -23,7 +23,7 @@ from encode.model.files import MODEL_FILES, digest_of_parts
 from encode.outputs import MANIFEST, Manifest, Part, read_manifest, read_part
 from encode.pointers import Pointer, read_pointer
 from encode.registry import CANDIDATE, CHAMPION, Registry, Version
-from encode.schema import digest, fingerprint
+from encode.schema import digest, fingerprint, number_of
 from encode.serving.bundle import bundle_id
 from encode.storage import Storage
 
@@ -80,8 +80,8 @@ class Lineage:
         self._damaged: dict[str, tuple[str, ...]] = {}
         self._of_owners: dict[str, str] = {}
         self._shown: set[str] = set()
-        self.files_read = 0
-        """How many files were held against their digests, if `verify`."""
+        self.files_whole = 0
+        """How many files were read and are what their digests say, if `verify`."""
 
     def trace(self, what: str) -> Node:
         """Return the lineage of a bundle id, a snapshot, a partition, a version's number, or any output by its key.
@@ -274,7 +274,6 @@ class Lineage:
             day = date.fromisoformat(prefix.removeprefix("raw/dt="))
             raw = find_raw_days(self._storage, [day]).get(day)
             self._of_owners[prefix] = fingerprint(raw.digests) if raw else "nothing"
-            self.files_read += len(raw.digests) if raw else 0
         return self._of_owners[prefix]
 
     def _damages(self, prefix: str, manifest: Manifest) -> tuple[str, ...]:
@@ -285,14 +284,15 @@ class Lineage:
 
     def _find_damages(self, prefix: str, manifest: Manifest) -> Iterator[str]:
         if self._verify:
-            self.files_read += len(manifest.parts)
             with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                yield from filter(None, pool.map(lambda part: self._damage(prefix, part), manifest.parts))
+                damages = list(pool.map(lambda part: self._damage(prefix, part), manifest.parts))
+            self.files_whole += damages.count(None)
+            yield from filter(None, damages)
             return
         wanted = [part.key(prefix) for part in manifest.parts]
         missing = [key for key in wanted if key not in self._listed(key.rpartition("/")[0])]
         if missing:
-            yield f"{len(missing)} of {len(wanted)} files are missing, first {missing[0]}"
+            yield f"missing: {len(missing)} of {number_of(len(wanted), 'file')}, first {missing[0]}"
 
     def _damage(self, prefix: str, part: Part) -> str | None:
         try:

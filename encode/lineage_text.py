@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 
 from encode.lineage import DAILY, Node
-from encode.schema import canonical_json
+from encode.schema import canonical_json, number_of
 
 _MOST_SHOWN = 8
 """Lines of siblings."""
@@ -86,7 +86,10 @@ def _told(run: Sequence[Node]) -> str:
             words.append(f"{sum(one.get(name, 0) for one in counts):,} {name}")
     user = facts.get("user", {})
     if "days" in user:
-        words.append(f"user {user['user_id']}: {user['behaviors']:,} behaviors on {len(user['days'])} days")
+        words.append(
+            f"user {user['user_id']}: {number_of(user['behaviors'], 'behavior')} on "
+            f"{number_of(len(user['days']), 'day')}"
+        )
     if "problem" in user:
         words.append(f"user {user['user_id']}: {user['problem']}")
     if facts.get("grown_since"):

@@ -145,8 +145,9 @@ def _score(places: Places, config: Config, say: Say) -> dict[str, Any]:
         raise EncodeError("quickstart: the DAGs succeeded but no version is champion; see encode_release in Airflow")
     say("scoring a real request")
     with loaded(registry, places, champion) as bundle:
-        see_served(places, bundle, say)
-        user, users = bundle.snapshot.busiest_user(), sum(map(len, bundle.snapshot.user_ids()))
+        log = "`encode stack status` shows the log of serving, `GET /v1/release` what it serves"
+        see_served(places, bundle, say, remedy=log)
+        user, users = bundle.snapshot.busiest_user(), bundle.snapshot.num_users
         had, new = _had_by(bundle, user), _new_to(bundle, user)
         items = [*had, *new]
         names = {item: bundle.names[item] for item in items if item in bundle.names}

@@ -26,7 +26,7 @@ from encode.schema import digest, fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
+    from mlflow import ActiveRun, MlflowClient
 
 CHAMPION = "champion"
 CANDIDATE = "candidate"
@@ -281,12 +281,13 @@ class Registry:
                 self.point(CANDIDATE, existing)
             return existing
         experiment = self._experiment()
+        mlflow.set_experiment(experiment_id=experiment)  # a run of another than the one set cannot be gone on with
         report = read_report(files)
         name = f"{config.name} as of {card.as_of}"
         # mlflow.start_run would let the run begin now, when the training that it is about is over.
         at = None if started is None else int(started * 1000)
         made = self._client.create_run(experiment, start_time=at, tags=resolve_tags(), run_name=name)
-        with warnings.catch_warnings(), mlflow.start_run(made.info.run_id) as run:
+        with warnings.catch_warnings(), self._resumed(made.info.run_id) as run:
             warnings.simplefilter("ignore")
             mlflow.log_params(_flat(config.model_dump(mode="json", include={"model", "clustering", "training"})))
             mlflow.log_metrics({name: value for name, value in card.metrics.items() if value == value})
@@ -319,6 +320,16 @@ class Registry:
         version = self.by_number(number)
         self.point(CANDIDATE, version)
         return version
+
+    def _resumed(self, run_id: str) -> ActiveRun:
+        """Let MLflow's functions log into a run that was just made; should that fail, it is no run for ever."""
+        import mlflow
+
+        try:
+            return mlflow.start_run(run_id)
+        except BaseException:
+            self._client.set_terminated(run_id, "FAILED")
+            raise
 
     def _in_use(self) -> list[Version]:
         return [version for alias in (CHAMPION, CANDIDATE) if (version := self.by_alias(alias))]

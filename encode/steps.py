@@ -154,7 +154,7 @@ def train(config: Config, places: Places, as_of: date, say: Say = print) -> Summ
         files = read_files(storage, prefix, manifest)
         card, _ = load_model(files, f"{storage.uri}/{prefix}")
     registry = Registry(places, config.registry)
-    version = registry.register(config, card, files, inputs, prefix, started)
+    version = registry.register(config, card, files, inputs, prefix, started if manifest is None else None)
     candidate = registry.by_alias(CANDIDATE)
     if candidate is None or candidate.number == version.number:
         say(f"candidate: {config.registry.model_name} version {version.number}, space {card.space}")

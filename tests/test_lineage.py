@@ -291,13 +291,20 @@ def test_a_damaged_manifest_is_said(store, lineage):
 def test_missing_files_are_said_and_damaged_ones_where_they_are_read(store, registered):
     new = snapshots(store)[1]
     part = read_manifest(store, new).parts[0]
-    data = bytearray(store.get(part.key(new)))
+    sound = store.get(part.key(new))
+    data = bytearray(sound)
     data[len(data) // 2] ^= 1
     store.put(part.key(new), bytes(data))
     assert Lineage(store, registered).trace(new).all_problems() == []
-    assert any("damaged" in line for line in Lineage(store, registered, verify=True).trace(new).all_problems())
+    verifying = Lineage(store, registered, verify=True)
+    assert any("damaged" in line for line in verifying.trace(new).all_problems())
+    whole = verifying.files_whole
+    store.put(part.key(new), sound)
+    verifying = Lineage(store, registered, verify=True)
+    assert verifying.trace(new).all_problems() == []
+    assert verifying.files_whole > whole > 0
     remove(store, part.key(new))
-    assert any("1 of 4 files are missing" in line for line in Lineage(store, registered).trace(new).all_problems())
+    assert any("missing: 1 of 4 files" in line for line in Lineage(store, registered).trace(new).all_problems())
 
 
 def test_a_raw_partition_without_manifest_is_checked_where_files_are_read(store, registered):
@@ -415,7 +422,7 @@ def test_a_day_with_a_problem_has_a_line_of_its_own(store, lineage):
     lines = list(tree(lineage.trace("1")))
     place = next(place for place, line in enumerate(lines) if "behaviors/dt=2024-03-01" in line)
     assert ".." not in lines[place]
-    assert lines[place + 1].strip().startswith("! 1 of 1 files are missing")
+    assert lines[place + 1].strip().startswith("! missing: 1 of 1 file")
 
 
 def test_the_tree_is_json(store, lineage):

@@ -115,6 +115,24 @@ def test_a_stopped_stack_is_named_with_what_starts_it(no_places, capsys, argumen
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["serve", "--host", "0.0.0.0"], "keys"),
+        (["webhook", "--url", "http://127.0.0.1:1"], "ENCODE_WEBHOOK_SECRET is not set"),
+    ],
+)
+def test_a_folder_needs_no_stack(no_places, monkeypatch, tmp_path, capsys, arguments, told):
+    home.make_folder(no_places)
+    home.write_state(no_places, home.State("id", {}))
+    monkeypatch.delenv("ENCODE_WEBHOOK_SECRET", raising=False)
+    (tmp_path / "work" / "store").mkdir(parents=True)
+    assert cli.main([*arguments, "--workdir", str(tmp_path / "work")]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "stopped" not in error
+
+
 def test_without_any_stack_it_is_said_what_to_set(no_places, capsys):
     assert cli.main(["score", "--user", "1", "--items", "2"]) == 2
     assert "ENCODE_STORE is not set; expected s3://bucket[/prefix] or a folder" in capsys.readouterr().err

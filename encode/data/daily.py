@@ -125,7 +125,8 @@ def _judge(
     trends = config.validation.trends
     earlier = past.before(day, trends.days)
     measures = compare(day, profile, earlier, trends)
-    judgment = judge_day(day, judged.every(), config.validation, measures, len(earlier), judged.hints)
+    hints = [*judged.hints, *_unit_hints(profile, config)]
+    judgment = judge_day(day, judged.every(), config.validation, measures, len(earlier), hints)
     _reconcile(day, profile, judged, judgment)
     refusal = _refusal(profile, judgment, config)
     details = {
@@ -226,6 +227,12 @@ def _reconcile(day: date, profile: Profile, judged: Judged, judgment: Judgment) 
         )
 
 
+def _unit_hints(profile: Profile, config: Config) -> list[str]:
+    looks = "timestamp_looks_like_"
+    units = [reason.removeprefix(looks) for reason in profile.reasons if reason.startswith(looks)]
+    return [f"times look like {unit}, source.time_unit is {config.source.time_unit}" for unit in units[:1]]
+
+
 def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None:
     """Return why the day is refused, or None."""
     problems = []
@@ -237,10 +244,7 @@ def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None
             f"{rejected:,} of {number_of(rows, 'row')} rejected ({rejected / rows:.2%}; {named}), "
             f"expected at most {limit:.2%}"
         )
-        hints = [reason for reason in profile.reasons if reason.startswith("timestamp_looks_like_")]
-        if hints:
-            unit = hints[0].removeprefix("timestamp_looks_like_")
-            problems.append(f"times look like {unit}, source.time_unit is {config.source.time_unit}")
+        problems += _unit_hints(profile, config)
     problems += [line for line in judgment.failed if not problems or "(reason)" not in line]
     return "; ".join(problems) or None
 

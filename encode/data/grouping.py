@@ -244,7 +244,7 @@ def _run(
     new = {prefix: manifest for prefix, manifest in found.items() if not base or prefix not in base.days}
     sources = [(prefix, part) for prefix, manifest in new.items() for part in manifest.parts]
     rows = sum(int(manifest.counts["rows"]) for manifest in new.values())
-    added = f"on top of {base.snapshot}" if base else f"into {num_buckets} buckets"
+    added = f"on top of {base.snapshot}" if base else f"into {number_of(num_buckets, 'bucket')}"
     say(f"grouping {number_of(rows, 'behavior')} of {number_of(len(new), 'partition')} {added}")
     known = sizes(base.manifest.parts if base else (), num_buckets, ROWS)[0].tolist()
 

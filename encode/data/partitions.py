@@ -9,6 +9,8 @@ from datetime import date, timedelta
 
 from encode.errors import ArtifactError, ConfigError
 from encode.outputs import MANIFEST, Manifest, read_manifest
+from encode.pointers import read_current
+from encode.schema import Window
 from encode.storage import Storage
 
 REPLAY = "replay-"
@@ -48,6 +50,21 @@ def published_days(storage: Storage) -> dict[date, list[str]]:
         if first in complete:
             found[day] = [first, *(prefix for prefix in complete if prefix.startswith(f"{first}/{REPLAY}"))]
     return found
+
+
+def waiting_days(storage: Storage, window: Window) -> list[str]:
+    """Return the prefixes of the window's validated days that the current histories do not hold as they are now.
+
+    Raises:
+        ArtifactError: no day of the window is validated.
+    """
+    found = validated_days(storage, window.end, window.start)
+    try:
+        current = read_current(storage, "histories")
+    except ArtifactError:  # damaged: a refresh makes them anew
+        current = None
+    held = current[1].inputs if current else {}
+    return [prefix for prefix, manifest in found.items() if held.get(prefix) != manifest.digest()]
 
 
 def validated_days(storage: Storage, end: date, start: date | None = None) -> dict[str, Manifest]:

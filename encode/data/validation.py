@@ -11,7 +11,7 @@ from typing import Any
 
 from encode.config import Config
 from encode.data.daily import DayReport, changes, report_of, validate_raw_day
-from encode.data.partitions import published_days, quiet
+from encode.data.partitions import published_days, quiet, waiting_days
 from encode.data.profiles import Past
 from encode.data.raw_days import find_raw_days
 from encode.data.replay import replay_raw_day
@@ -74,7 +74,8 @@ def replay_window(
     A second time it is a no-op.
 
     Returns:
-        As `validate_window`; `replayed` are the rows that were added to days that were published before.
+        As `validate_window`; `replayed` are the rows that were added to days that were published before, `waiting` the
+        partitions of these days that the current histories do not hold.
 
     Raises:
         DataError: no day of the window has raw data, or rows that were published are no longer in them.
@@ -128,7 +129,8 @@ def _run(
     if replay and not any(report.added for report in reports):
         say("nothing was replayed: " + (_STILL_BAD if to_do else _SAME))
     _say_docs(storage, reports, say)
-    return _summary(storage, window, reports, [day for day in window.days() if day not in raw_days])
+    summary = _summary(storage, window, reports, [day for day in window.days() if day not in raw_days])
+    return summary | {"waiting": waiting_days(storage, window)} if replay else summary
 
 
 def _past(storage: Storage, published: dict[date, list[str]]) -> Past:

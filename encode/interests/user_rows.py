@@ -37,6 +37,8 @@ class UserRows:
         return self._count
 
     def __getitem__(self, place: int) -> UserRow:
+        if not 0 <= place < self._count:
+            raise IndexError(f"row {place} of {self._count}")
         return UserRow(self._views, place)
 
     def __iter__(self) -> Iterator[UserRow]:

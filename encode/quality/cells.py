@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def run_cell(task: Task, cell: Cell, setup: Setup, say: Callable[[str], None]) -
             "torch": torch.__version__,
             "numpy": np.__version__,
             "machine": platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "encode": __version__,
             "commit": git_commit(),
@@ -188,6 +190,16 @@ def _replay(task: Task, shown: Shown, config: ModelConfig, window: int | None) -
 
 def _as_json(found: Cost | Fidelity | None) -> dict[str, Any] | None:
     return found._asdict() if found is not None else None
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _finite(value: Any) -> Any:

@@ -49,6 +49,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def _against_cost(title: str, rows: Sequence[Row], out: Path, name: str) -> list[Path]:
     """AUC against milliseconds a request: up and to the left is better."""
+    rows = [row for row in rows if row["cost_ms_per_1000"] is not None]
     if len(rows) < 2:
         return []
     figure, axes = _axes(title, "ms for 1,000 candidates, history of 1,000 behaviors (log)")

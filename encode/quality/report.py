@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 Row = dict[str, Any]
 CEILING = "full"
 """The model that others are compared with, seed by seed."""
-TIMED_ON = ("python", "torch", "numpy", "machine", "threads")
-"""What of a cell's environment must be equal for its times to be averaged with others'."""
+TIMED_ON = ("python", "torch", "numpy", "machine", "processor", "threads")
+"""What of a cell's environment tells where it ran."""
 MEASURES = ("auc", "gauc", "auc_first_time", "gauc_first_time", "logloss", "calibration")
 
 
@@ -22,7 +23,8 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
     impressions, and `auc_minus_full_se` its standard error: what seeds have in common is not in it. What is not
     defined is None: standard errors with one seed, and a measure that any of the seeds does not have.
 
-    Seeds may come from several machines; times are of those that ran where the first seed did.
+    Cells may come from several machines; all times of a task are of the one that most of its cells ran on, and None
+    where none of a row's cells did.
     """
 
     def key(cell: Row) -> tuple[str, str, int]:
@@ -30,6 +32,10 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
 
     by_seed = sorted(cells, key=lambda cell: (*key(cell), cell["seed"]))
     by_series = {series: list(group) for series, group in groupby(by_seed, key)}
+    places = {
+        task: Counter(_ran_on(cell) for cell in cells if cell["task"] == task).most_common(1)[0][0]
+        for task in {cell["task"] for cell in cells}
+    }
     rows = []
     for (task, model, window), group in by_series.items():
         row: Row = {"dataset": task.partition("/")[0], "task": task, "model": model, "window": window or None}
@@ -43,7 +49,7 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
         for name in ("auc", "gauc"):
             differences = [_difference(ours[name], theirs[name]) for ours, theirs in paired]
             row[f"{name}_minus_full"], row[f"{name}_minus_full_se"] = mean_and_error(differences)
-        timed = [cell for cell in group if _ran_on(cell) == _ran_on(group[0])]
+        timed = [cell for cell in group if _ran_on(cell) == places[task]]
         row["cost_ms_per_1000"], _ = mean_and_error([cell["cost"]["ms_per_1000"] for cell in timed])
         row["cost_ms_by_length"] = {
             length: mean_and_error([cell["cost"]["ms_by_length"][length] for cell in timed])[0]
@@ -60,8 +66,8 @@ def rows_of(cells: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _ran_on(cell: Row) -> list[Any]:
-    return [cell["environment"].get(name) for name in TIMED_ON]
+def _ran_on(cell: Row) -> tuple[Any, ...]:
+    return tuple(cell["environment"].get(name) for name in TIMED_ON)
 
 
 def mean_and_error(values: Sequence[float | None]) -> tuple[float | None, float | None]:

@@ -246,9 +246,8 @@ class Follower:
         return bundle
 
     def _refuse(self, bundle: Bundle, why: str) -> None:
-        self.refused[bundle.chain] = why
-        while len(self.refused) > _MOST_REFUSED:
-            del self.refused[next(iter(self.refused))]
+        refused = {**self.refused, bundle.chain: why}  # a new one: other threads may be reading
+        self.refused = dict(list(refused.items())[-_MOST_REFUSED:])
 
     def _held(self) -> list[Bundle]:
         return [one for one in (self.bundle, self.previous, self.challenger) if one is not None]

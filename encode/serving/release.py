@@ -17,6 +17,7 @@ from encode.serving.client import connect
 from encode.storage import open_storage
 
 _TIMEOUT_SECONDS = 120
+_ALIAS_MOVED = "The alias has moved to that version, and serving follows it by itself: do not roll back again"
 
 
 @contextmanager
@@ -26,7 +27,9 @@ def loaded(registry: Registry, places: Places, version: Version) -> Iterator[Bun
         yield load_bundle(open_storage(places), registry.files(version), version.number, Path(cache))
 
 
-def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again: bool = False) -> str:
+def see_served(
+    places: Places, bundle: Bundle, say: Callable[[str], None], again: bool = False, remedy: str = _ALIAS_MOVED
+) -> str:
     """Ask serving to look at the registry now, and wait until it serves exactly this bundle.
 
     A newer snapshot of the same model version, published meanwhile, is as good: whatever its space points at.
@@ -36,6 +39,7 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again
         bundle: that is to serve.
         say: told where nothing is to be asked.
         again: serving is to try also what it has refused or withdrawn, for somebody has decided so.
+        remedy: for people, where it does not serve the bundle.
 
     Returns:
         The address of the serving process, or "no serving process" where none is configured.
@@ -71,6 +75,5 @@ def see_served(places: Places, bundle: Bundle, say: Callable[[str], None], again
     except httpx.HTTPError as error:
         why = f"cannot be asked: {type(error).__name__}: {error}"
     raise TimeoutError(
-        f"{places.serving_url}: expected bundle {bundle.id} of version {bundle.model_version}, {why}. "
-        f"The alias has moved to that version, and serving follows it by itself: do not roll back again"
+        f"{places.serving_url}: expected bundle {bundle.id} of version {bundle.model_version}, {why}. {remedy}"
     )

@@ -57,7 +57,10 @@ def _choose(name: str, old: Entry, wanted: int, must: bool, may_return: bool, ta
             options = [wanted] if must else [wanted, mine] if may_return else [mine, wanted]
         port = next((port for port in options if port and fits(port, port == mine)), None)
         if port is None and role == "main" and must:
-            raise ConfigError(f"{name}: port {wanted} is taken on 127.0.0.1; stop what uses it or choose another")
+            raise ConfigError(
+                f"{name}: port {wanted} is taken on 127.0.0.1, or kept for another component (`encode stack status`); "
+                "stop what uses it or choose another"
+            )
         chosen[role] = port or free_port({*taken, *chosen.values()})
     return chosen
 

@@ -29,7 +29,7 @@ def main(folder, preset):
     # A manual run with days, a run with neither days nor a date, and runs that name the end only.
     run("encode_validate", conf={"start": "2017-09-03", "end": "2018-01-01"})
     run("encode_validate")
-    run("encode_validate", conf={"start": "2017-09-03", "replay": True})
+    run("encode_validate", conf={"start": "2017-09-03", "replay": True})  # no histories yet: it waits for a refresh
     # Dry runs before and after the real ones.
     for dag_id in ("encode_train", "encode_refresh"):
         for dry_run in (True, False, True):
@@ -37,6 +37,7 @@ def main(folder, preset):
     for dry_run in (True, False, True):
         run("encode_release", conf={"dry_run": dry_run})
     run("encode_rollback", conf={"dry_run": True})
+    run("encode_validate", conf={"start": "2017-09-03", "replay": True})
     # A run with a date has an interval of zero length here, which is not a window.
     run("encode_train", logical_date=datetime(2018, 1, 1, tzinfo=UTC))
     print("RESULTS " + json.dumps(results, default=str))

@@ -94,6 +94,7 @@ def test_rows_of_a_behavior_that_is_allowed_by_now_become_part_of_the_day(storag
         "0 days to replay, 1 validated before",
         "nothing was replayed: neither the raw data nor the settings of these days changed since they were validated",
     ]
+    assert again.pop("waiting") == [f"behaviors/dt={DAY}", f"behaviors/dt={DAY}/replay-001"]  # for the first refresh
     assert validate_window(storage, ONE_DAY, wider) == again
     assert content(storage) == after
 
@@ -192,13 +193,16 @@ def test_a_refresh_finds_what_a_replay_added_and_adds_it_on_top(tmp_path):
     said = []
     with closing(LocalEngine(settings_, places)) as engine:
         first = group_histories(storage, engine, window.end, settings_, said.append)
-        replay_window(storage, Window(days[0], days[1]), config(behaviors=("pv", "cart")))
+        replayed = Window(days[0], days[1]), config(behaviors=("pv", "cart"))
+        assert replay_window(storage, *replayed)["waiting"] == [f"behaviors/dt={days[0]}/replay-001"]
+        assert replay_window(storage, *replayed)["waiting"] == [f"behaviors/dt={days[0]}/replay-001"]  # added by then
         second = group_histories(storage, engine, window.end, settings_, said.append)
     assert (first.manifest.counts["behaviors"], second.manifest.counts["behaviors"]) == (40, 45)
     assert any(f"grouping 5 behaviors of 1 partition on top of {first.snapshot}" in line for line in said)
     histories, inputs = read_histories(storage, window.end)
     assert len(histories.item_ids) == 45
     assert f"behaviors/dt={days[0]}/replay-001" in inputs
+    assert replay_window(storage, *replayed)["waiting"] == []
 
 
 def test_a_replay_that_adds_nothing_changes_nothing_for_those_who_read_behaviors(tmp_path):

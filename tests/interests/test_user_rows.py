@@ -48,6 +48,9 @@ def test_rows_are_those_that_arrow_reads(rows):
     found = [{name: plain(row[name]) for name in SCHEMA.names} for row in UserRows(rows)]
     assert found == rows.to_pylist()
     assert len(UserRows(rows)) == rows.num_rows
+    for place in (-1, rows.num_rows):
+        with pytest.raises(IndexError):
+            UserRows(rows)[place]
 
 
 def test_vectors_are_not_copied():

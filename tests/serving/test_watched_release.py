@@ -212,4 +212,4 @@ def test_a_broken_link_is_printed_and_is_an_error(encode, workdir, tmp_path):
     assert status == 1
     assert "behaviors/dt=2024-01-01 .. dt=2024-01-04 (4 days)" in printed, "the day stands apart"
     assert "! missing: no manifest in the store" in printed
-    assert error == "error: lineage: 1 links are missing, damaged or not as recorded\n"
+    assert error == "error: lineage: missing, damaged or not as recorded: 1 link\n"
