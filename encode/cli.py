@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def with_step(command: argparse.ArgumentParser, *, needs_workdir: bool = False) -> argparse.ArgumentParser:
         command.add_argument(
-            "--preset", default="complete-journey", help="settings: a preset, or a .yaml file (default: %(default)s)"
+            "--preset",
+            default=os.environ.get("ENCODE_PRESET") or "complete-journey",
+            help="settings: a preset, or a .yaml file (default: ENCODE_PRESET, now %(default)s)",
         )
         command.add_argument(
             "--workdir",
@@ -595,7 +597,7 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _lineage(options: argparse.Namespace) -> None:
-    from encode.errors import ArtifactError
+    from encode.errors import ArtifactError, ConfigError
     from encode.lineage import Lineage
     from encode.lineage_text import tree
     from encode.registry import Registry
@@ -609,6 +611,8 @@ def _lineage(options: argparse.Namespace) -> None:
     if options.what == "-" or Path(options.what).is_file():
         data = sys.stdin.buffer.read() if options.what == "-" else Path(options.what).read_bytes()
         found = lineage.of_score(data, "stdin" if options.what == "-" else options.what)
+    elif options.what.endswith(".json"):
+        raise ConfigError(f"lineage: {options.what}: no such file")
     else:
         found = lineage.trace(options.what)
     _show(options, found.as_json())

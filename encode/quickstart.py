@@ -61,9 +61,11 @@ def quickstart(preset: str, home: Path, dags: Path, ports: Mapping[str, int], sa
         landed = steps.land(config, places, say)
         runs, ran = _run_dags(preset, config, landed, stack, since, say)
         answer = _score(places, config, say)
-    except BaseException:
+    except BaseException as error:
         if not stood:
             down(home, say=say)
+        if isinstance(error, KeyboardInterrupt):
+            say("the same command goes on where this one stopped")
         raise
     summary = {"land": landed, "runs": runs, "ran": ran, "score": answer, "urls": dict(stack.urls)}
     _print_summary(summary, stack, time.monotonic() - began, say)

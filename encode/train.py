@@ -157,6 +157,7 @@ def fit(
         if leading == epoch:
             best = copy.deepcopy((tables.state_dict(), reader.state_dict()))
         elif epoch - leading >= training.patience:
+            say(f"no better GAUC since epoch {leading + 1}: training stops, and that epoch is kept")
             break
     tables.load_state_dict(best[0])
     reader.load_state_dict(best[1])

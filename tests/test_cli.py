@@ -106,6 +106,7 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["erase", "0", "--workdir", "x"], 2, "erase: 0 is not a user id"),
         (["erase", "somebody", "--workdir", "x"], 2, "argument USER: invalid int value: 'somebody'"),
         (["score", "--user", "1", "--items", "a,b"], 2, "expected ids separated by commas"),
+        (["lineage", "score.json", "--workdir", "x"], 2, "lineage: score.json: no such file"),
         (["score", "--user", "1", "--items", ","], 2, "expected ids separated by commas"),
         (
             ["score", "--user", "1", "--items", "2", "--workdir", "x"],

@@ -24,6 +24,7 @@ MAX_REFUSED_DAYS = 3
 """After so many refused days the rest is not tried: the cause is most likely the same."""
 _SAME = "neither the raw data nor the settings of these days changed since they were validated"
 _STILL_BAD = "no row in quarantine is good by now"
+_MOST_NAMED = 5
 _NUM_THREADS = 8
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -101,6 +102,11 @@ def _run(
         same = [day for day in done if day not in stale]
         reports = list(pool.map(lambda day: report_of(storage, raw_days[day], config, done[day]), same))
     say(f"{number_of(len(to_do), 'day')} to {'replay' if replay else 'validate'}, {len(same)} validated before")
+    missing = [day for day in window.days() if day not in raw_days]
+    if missing:
+        named = ", ".join(map(str, missing[:_MOST_NAMED]))
+        more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
+        say(f"no raw data for {number_of(len(missing), 'day')}: {named}{more}")
     refused: list[str] = []
     progress = _Progress(len(to_do), say)
     for raw in to_do:
@@ -129,7 +135,7 @@ def _run(
     if replay and not any(report.added for report in reports):
         say("nothing was replayed: " + (_STILL_BAD if to_do else _SAME))
     _say_docs(storage, reports, say)
-    summary = _summary(storage, window, reports, [day for day in window.days() if day not in raw_days])
+    summary = _summary(storage, window, reports, missing)
     return summary | {"waiting": waiting_days(storage, window)} if replay else summary
 
 

@@ -28,6 +28,8 @@ from encode.stack.processes import ProcessRecord, is_running
 
 MADE_BY = "encode.stack"
 FOLDERS = ("objectstore", "mlflow", "airflow", "serving", "logs")
+COMMANDS_FOLDERS = ("docs",)
+"""Written by commands beside the stack, and removed with it."""
 FILES = ("client.env", "credentials.json", "lock", "state.json")
 
 
@@ -220,7 +222,7 @@ def locked(home: Path) -> Iterator[None]:
 
 def remove(home: Path) -> None:
     """Remove what the stack made in `home`, and `home` itself when nothing else is left in it."""
-    for name in FOLDERS:
+    for name in (*FOLDERS, *COMMANDS_FOLDERS):
         with suppress(FileNotFoundError):
             shutil.rmtree(home / name)
     for name in FILES:

@@ -150,7 +150,7 @@ def clean(home: Path, say: Callable[[str], None] = print) -> None:
     """
     home = home.absolute()
     if files.read_state(home) is None:
-        if home.exists():
+        if any((home / name).exists() for name in files.FOLDERS):
             raise ConfigError(
                 f"{home}: found no state.json of ours, expected the home of a local stack; nothing was removed"
             )

@@ -65,7 +65,7 @@ def open_log(places: Places, name: str, writing: bool = True) -> Storage:
     if found is not None and found[0] != ours:
         raise ConfigError(
             f"{storage.uri}/{_LOG}: the store holds another log: found {found[0].decode()}, this preset is "
-            f"{ours.decode()}; use another store (ENCODE_STORE, ENCODE_HOME or --workdir), or remove that file if "
-            "nothing of the other log is needed"
+            f"{ours.decode()}; give the preset of that log (--preset, ENCODE_PRESET), or this one a store of its own "
+            "(ENCODE_STORE, ENCODE_HOME or --workdir); `encode stack clean` empties the local stack's"
         )
     return storage

@@ -407,9 +407,10 @@ def test_a_window_is_landed_validated_and_then_left_alone(tmp_path):
     assert (summary["validated"], summary["unchanged"]) == (4, 0)
     assert summary["rows"] == summary["accepted"] == landed.landed
     assert said[0] == "4 days to validate, 0 validated before"
-    assert "validated 4/4 days" in said[1]
-    assert said[2] == f"4 days not compared with earlier ones, for want of them: {landed.days[0]} to {landed.days[3]}"
-    assert said[3].startswith(f"Data Docs: {storage.uri}/quarantine/dt=DAY/index.html")
+    assert said[1] == f"no raw data for 2 days: {window.start}, {window.end - timedelta(days=1)}"
+    assert "validated 4/4 days" in said[2]
+    assert said[3] == f"4 days not compared with earlier ones, for want of them: {landed.days[0]} to {landed.days[3]}"
+    assert said[4].startswith(f"Data Docs: {storage.uri}/quarantine/dt=DAY/index.html")
     again = validate_window(storage, window, settings_)
     assert again == summary | {"validated": 0, "unchanged": 4, "added": 0}
     histories, _ = read_histories(storage, window.end)

@@ -273,9 +273,18 @@ def test_down_leaves_no_process_up_finds_the_data_and_clean_removes_it(tmp_path)
     assert stack.urls["objectstore"] == url
     assert client(stack).get_object(Bucket="encode", Key="k")["Body"].read() == b"kept"
     (folder / "notes.txt").write_text("mine")
+    (folder / "docs").mkdir()  # `encode docs` writes there
     local.clean(folder, say=quiet)
     assert running_in(folder) == []
     assert [found.name for found in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_without_a_stack_has_nothing_to_remove(tmp_path):
+    (tmp_path / "docs").mkdir()
+    said = []
+    local.clean(tmp_path, say=said.append)
+    assert said == [f"{tmp_path}: nothing to remove"]
+    assert (tmp_path / "docs").is_dir()
 
 
 def test_a_folder_of_somebody_else_is_neither_used_nor_removed(tmp_path):
