@@ -227,7 +227,14 @@ def _reconcile(day: date, profile: Profile, judged: Judged, judgment: Judgment) 
         )
 
 
+def _too_many_rejected(profile: Profile, config: Config) -> bool:
+    return profile.raw_rows - profile.rows > config.validation.max_rejected_share * profile.raw_rows
+
+
 def _unit_hints(profile: Profile, config: Config) -> list[str]:
+    """Return what may be wrong where so many rows are rejected that the day is refused."""
+    if not _too_many_rejected(profile, config):
+        return []
     looks = "timestamp_looks_like_"
     units = [reason.removeprefix(looks) for reason in profile.reasons if reason.startswith(looks)]
     return [f"times look like {unit}, source.time_unit is {config.source.time_unit}" for unit in units[:1]]
@@ -238,7 +245,7 @@ def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None
     problems = []
     limit = config.validation.max_rejected_share
     rows, rejected = profile.raw_rows, profile.raw_rows - profile.rows
-    if rows and rejected / rows > limit:
+    if _too_many_rejected(profile, config):
         named = ", ".join(f"{reason} {count}" for reason, count in sorted(profile.reasons.items(), key=lambda r: -r[1]))
         problems.append(
             f"{rejected:,} of {number_of(rows, 'row')} rejected ({rejected / rows:.2%}; {named}), "
