@@ -228,7 +228,8 @@ def _reconcile(day: date, profile: Profile, judged: Judged, judgment: Judgment) 
 
 
 def _too_many_rejected(profile: Profile, config: Config) -> bool:
-    return profile.raw_rows - profile.rows > config.validation.max_rejected_share * profile.raw_rows
+    rows, rejected = profile.raw_rows, profile.raw_rows - profile.rows
+    return rows > 0 and rejected / rows > config.validation.max_rejected_share
 
 
 def _unit_hints(profile: Profile, config: Config) -> list[str]:
