@@ -468,9 +468,9 @@ def _release(options: argparse.Namespace) -> None:
     from encode import plan, steps
     from encode.errors import ConfigError
 
-    config, places, say = _config(options), _places(options), _say(options)
     if (options.refuse is None) != (options.reason is None):
         raise ConfigError("release: --refuse VERSION and --reason TEXT belong together")
+    config, places, say = _config(options), _places(options), _say(options)
     if options.dry_run:
         _show(options, plan.release(config, places, say))
     elif options.refuse is not None:

@@ -79,6 +79,7 @@ def test_a_store_that_refuses_the_key_is_told_without_the_key(s3_places, monkeyp
 def test_a_serving_process_shows_its_keys_neither_in_the_list_of_processes_nor_in_its_log(tmp_path):
     environment = {**os.environ, "ENCODE_WEBHOOK_SECRET": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET}
     port = free_port(())
+    (tmp_path / "work" / "store").mkdir(parents=True)
     command = [sys.executable, "-m", "encode.cli", "serve", "--preset", "tiny", "--workdir", str(tmp_path / "work")]
     log = tmp_path / "log"
     with log.open("w") as output:

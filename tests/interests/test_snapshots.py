@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_rows import plain
 from safetensors.numpy import load, save
 
 from encode.config import ClusteringConfig, ModelConfig, Places, RefreshConfig
@@ -119,7 +120,7 @@ def test_every_user_is_in_one_part_with_the_row_of_extraction(folder, refresh, t
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
     assert sorted(np.concatenate(list(snapshot.user_ids()))) == sorted(rows)
     for user, row in rows.items():
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == row
+        assert {name: plain(snapshot.find(user)[name]) for name in row} == row
     assert snapshot.find(999_999_999) is None
     assert manifest.counts == {
         "users": 12,
@@ -150,7 +151,7 @@ def test_more_users_than_a_batch_holds(folder, refresh, tmp_path, monkeypatch):
     refresh(folder, num_users=60)
     snapshot = load_bundle(folder, FILES, "1", tmp_path / "cache").snapshot
     for user, row in rows_by_user(60).items():
-        assert {name: value.as_py() for name, value in snapshot.find(user).items()} == row
+        assert {name: plain(snapshot.find(user)[name]) for name in row} == row
 
 
 # --- spaces do not mix -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from plain_rows import plain
 
 from encode.interests.user_rows import UserRows
 from encode.schema import interests_schema
@@ -23,14 +24,6 @@ def batch(interests):
         row |= {f"recent_{name}": [user, count] for name in ("item_id", "category_id", "timestamp")}
         rows.append(row)
     return pa.RecordBatch.from_pylist(rows, SCHEMA)
-
-
-def plain(value):
-    return (
-        [plain(one) for one in value]
-        if isinstance(value, list | np.ndarray)
-        else getattr(value, "item", lambda: value)()
-    )
 
 
 @pytest.mark.parametrize(
