@@ -31,19 +31,28 @@ def settle(entries: Mapping[str, Entry], wishes: Mapping[str, int]) -> dict[str,
         ConfigError: A wanted port is taken.
     """
     settled = dict(entries)
+    unknown = {name: Entry({}, "", "", None, components.DEFAULT_PORTS[name]) for name in components.NAMES}
+    previous = {**unknown, **entries}
+    asked = {name: previous[name].wanted if wishes.get(name) is None else wishes[name] for name in components.NAMES}
     taken = {port for entry in entries.values() for port in entry.ports.values()}
     may_return = not any(entry.is_alive() for entry in entries.values())
     for name in components.NAMES:
-        old = entries.get(name, Entry({}, "", "", None, components.DEFAULT_PORTS[name]))
-        wish = wishes.get(name)
-        wanted = old.wanted if wish is None else wish
-        chosen = _choose(name, old, wanted, bool(wish), may_return, taken)
+        old, wanted = previous[name], asked[name]
+        chosen = _choose(name, old, wanted, bool(wishes.get(name)), may_return, taken, asked.values())
         taken.update(chosen.values())
         settled[name] = replace(old, ports=chosen, url=components.loopback(chosen["main"]), wanted=wanted)
     return settled
 
 
-def _choose(name: str, old: Entry, wanted: int, must: bool, may_return: bool, taken: Collection[int]) -> dict[str, int]:
+def _choose(
+    name: str,
+    old: Entry,
+    wanted: int,
+    must: bool,
+    may_return: bool,
+    taken: Collection[int],
+    asked: Collection[int],
+) -> dict[str, int]:
     chosen: dict[str, int] = {}
     alive = old.is_alive()
 
@@ -61,7 +70,7 @@ def _choose(name: str, old: Entry, wanted: int, must: bool, may_return: bool, ta
                 f"{name}: port {wanted} is taken on 127.0.0.1, or kept for another component (`encode stack status`); "
                 "stop what uses it or choose another"
             )
-        chosen[role] = port or free_port({*taken, *chosen.values()})
+        chosen[role] = port or free_port({*taken, *asked, *chosen.values()})
     return chosen
 
 

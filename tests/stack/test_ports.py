@@ -26,7 +26,8 @@ def held(port):
 
 @pytest.fixture(autouse=True)
 def usual(monkeypatch):
-    """Usual ports that nobody else uses."""
+    """Usual ports, of a range from which no other server of the suite and no outgoing connection takes any."""
+    monkeypatch.setattr(ports, "PORT_RANGE", range(12000, 16000))
     found = {}
     for name in components.NAMES:
         found[name] = ports.free_port(set(found.values()))
@@ -70,6 +71,13 @@ def test_a_port_that_was_asked_for_is_the_one_to_go_back_to(usual):
     assert moved["serving"].ports["main"] not in (wanted, usual["serving"])
     assert ports.settle(moved, {}) == asked
     assert main_ports(ports.settle(asked, {"serving": usual["serving"]})) == usual
+
+
+def test_a_port_found_for_one_component_is_never_the_usual_one_of_another(monkeypatch, usual):
+    monkeypatch.setattr(ports, "PORT_RANGE", range(min(usual.values()), min(usual.values()) + 200))
+    close = {name: min(usual.values()) + place for place, name in enumerate(usual)}
+    monkeypatch.setattr(components, "DEFAULT_PORTS", close)
+    assert all(main_ports(ports.settle({}, {})) == close for _ in range(100))
 
 
 def test_whoever_asked_for_any_port_keeps_the_one_that_was_found(usual):
