@@ -10,7 +10,7 @@ vocabulary indices, whose embeddings are gathered within the request.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest.mock import patch
@@ -29,7 +29,7 @@ from encode.quality.rivals.sdim import Sdim
 from encode.quality.rivals.sim import SimHard, SimSoft
 from encode.schema import PADDING
 from encode.serving.app import create_app
-from encode.serving.bundle import Behavior, Bundle, Scored
+from encode.serving.bundle import Asked, Bundle, Scored
 from encode.serving.server import serve
 
 
@@ -59,28 +59,20 @@ class WholeHistories(Bundle):
     """What does not depend on the target, where the model keeps that."""
 
     @torch.inference_mode()
-    def score(
-        self,
-        user_id: int,
-        item_ids: Sequence[int],
-        category_ids: Sequence[int] | None = None,
-        recent: Sequence[Behavior] = (),
-    ) -> Scored:
+    def score(self, asked: Asked) -> Scored:
         """Return the probability of each candidate; only users with a history here can be asked for."""
-        items, index = self.space.items, self._index(item_ids, category_ids)
+        items, index = self.space.items, self._index(asked.item_ids, asked.category_ids)
         target = torch.from_numpy(index)[None]
-        latest = state_of(self.snapshot.find(user_id), self.space).recent[None]
+        latest = torch.from_numpy(state_of(self.snapshot.find(asked.user_id), self.space).recent)[None]
         recently = Recent(
             items.embedding[latest], items.key[latest], latest != PADDING, torch.zeros(len(index), dtype=torch.int64)
         )
-        user = self.kept.get(user_id) or summarised(self.rival, self, user_id)
+        user = self.kept.get(asked.user_id) or summarised(self.rival, self, asked.user_id)
         logit = self.rival(
             user, recently, Target(items.embedding[target], items.key[target], target, items.category[target])
         )
-        known = self.space.vocabulary.is_item(index)
-        return Scored(
-            logit.sigmoid().tolist(), False, [item for item, one in zip(item_ids, known, strict=True) if not one]
-        )
+        unknown = asked.item_ids[~self.space.vocabulary.is_item(index)]
+        return Scored(logit.sigmoid().numpy(), False, unknown.tolist())
 
 
 def summarised(reader: Reader, bundle: WholeHistories, user_id: int) -> User:

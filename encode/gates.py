@@ -5,7 +5,7 @@ I impressions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,6 @@ from encode.evaluate.replay import Replay, make_replay
 from encode.interests.clustered import cluster_histories
 from encode.interests.extract import extract, state_of
 from encode.interests.user_rows import UserRows
-from encode.model.files import UserState
 from encode.schema import Window, day_start
 from encode.serving.bundle import Bundle
 from encode.serving.local_snapshot import LocalSnapshot
@@ -137,13 +136,13 @@ def parity(bundle: Bundle, histories: Histories, replay: Replay, probabilities: 
     interests = UserRows(extract(batch, bundle.space))
     differences = []
     for place, history in enumerate(chosen):
-        known = state_of(interests[place], bundle.space).known
+        state = state_of(interests[place], bundle.space)
         first, last = replay.impression_offsets[history : history + 2]
         for shown in range(first, min(last, first + _PARITY_IMPRESSIONS)):
             since = replay.behavior_index[replay.recent_begin[shown] : replay.recent_end[shown]]
-            recent = torch.from_numpy(np.pad(since, (0, replay.recent_length - len(since))))
+            recent = np.pad(since, (0, replay.recent_length - len(since)))
             target = torch.from_numpy(replay.target_index[shown : shown + 1])
-            served = bundle.engine.score_user(UserState(known, recent), target)
+            served = bundle.engine.score_user(replace(state, recent=recent), target)
             differences.append(abs(served.item() - float(probabilities[shown])))
     return float(np.max(differences))
 

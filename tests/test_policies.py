@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 
@@ -18,6 +19,7 @@ from encode import steps
 from encode.config import Places, load_config
 from encode.schema import Window
 from encode.serving.app import create_app
+from encode.serving.bundle import Asked
 from encode.stack import policies
 from encode.stack.components import PORTS, Store
 from encode.stack.components import object_store as weed
@@ -215,7 +217,7 @@ def test_the_main_job_runs_with_a_key_for_each_step(job, client_of):
     assert bundle.interests(1) is not None
     assert {prefix.partition("/")[0] for prefix in made["erase"]["held"]} == {"raw", "behaviors"}
     assert bundle.id == made["release"]["bundle"]
-    assert len(bundle.score(1, [1082185]).probabilities) == 1
+    assert len(bundle.score(Asked(1, np.array([1082185]))).probabilities) == 1
     keys = open_storage(as_role("erase"), writing=False).list("")
     written = {pattern for role in ("ingest", "train", "publish", "erase") for pattern in policies.ROLES[role].writes}
     assert matching(written, keys) == set(keys)

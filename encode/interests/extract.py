@@ -24,7 +24,7 @@ from encode.interests.lloyd import Labels
 from encode.interests.pooling import Behaviors, pool
 from encode.interests.remembered import most_frequent
 from encode.interests.user_rows import UserRow
-from encode.model.files import UserState, user_state
+from encode.model.files import UserState
 from encode.model.space import Space
 from encode.schema import interests_schema
 
@@ -133,9 +133,8 @@ def state_of(row: UserRow | None, space: Space) -> UserState:
         index, times = (row[name].astype(np.int64) for name in ("item_index", "item_times"))
         items = row["recent_item_id"]
         recent[: len(items)] = space.vocabulary.index(items, row["recent_category_id"])
-    centers, values, sizes, variances = (torch.from_numpy(array) for array in (center, value, size, variance))
     category = space.vocabulary.category_index[index]
-    return user_state(centers, values, sizes, variances, space.scale, index, times, category, recent)
+    return UserState(center, value, size, variance, space.scale, index, times, category, recent)
 
 
 def _recent(offsets: Ints, length: int) -> tuple[Ints, Ints]:

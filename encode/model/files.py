@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ from encode.schema import MOST_TIMES, PADDING, UNKNOWN, canonical_json, digest
 
 MODEL_FILES = ("model.json", "reader.safetensors", "mirror.safetensors")
 MIRROR_TOLERANCE = 1e-5
+_STACKED = ("center", "value", "size", "variance", "recent")
+"""Of a `UserState`: as long for every user."""
 
 
 class ModelCard(Section):
@@ -51,10 +53,37 @@ class ModelCard(Section):
 class UserState:
     """One user as the model sees one: what is cached between requests, free of any target."""
 
-    known: Known
-    """Of a single user, G = 1."""
-    recent: Int64[Tensor, " R"]
+    center: Float[np.ndarray, "K P"]
+    """Of each interest."""
+    value: Float[np.ndarray, "K D"]
+    size: Float[np.ndarray, " K"]
+    """Behaviors in each interest, 0 for none."""
+    variance: Float[np.ndarray, "K P"]
+    """Of the keys of each interest."""
+    scale: float
+    """Of the relevance."""
+    item: Int64[np.ndarray, " M"]
+    """Remembered items, vocabulary index, ascending; may be none."""
+    times: Int64[np.ndarray, " M"]
+    """How many behaviors are with each of them."""
+    category: Int64[np.ndarray, " M"]
+    """Index of each one's category."""
+    recent: Int64[np.ndarray, " R"]
     """Vocabulary index of the last behaviors, oldest first, padded with 0 at the end."""
+
+    @property
+    def known(self) -> Known:
+        """The same as training batches it, G = 1."""
+        has_category = self.category > UNKNOWN
+        categories, place = np.unique(self.category[has_category], return_inverse=True)
+        in_category = np.bincount(place, self.times[has_category], len(categories))
+        stored = (torch.from_numpy(part)[None] for part in (self.center, self.value, self.size, self.variance))
+        center, value, size, variance = stored
+        return Known(
+            Interests(center, value, size, variance, torch.tensor(self.scale)),
+            _remembered(self.item, self.times),
+            _remembered(categories, np.minimum(in_category, MOST_TIMES).astype(np.int64)),
+        )
 
 
 def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -66,13 +95,13 @@ def read_user(reader: Reader, table: Catalog, user: UserState, target: Int64[Ten
         user: whom to score for.
         target: vocabulary index of each candidate.
     """
-    encode = cast(Encode, reader.long_term)
+    encode, known, recent_items = cast(Encode, reader.long_term), user.known, torch.from_numpy(user.recent)
     with torch.no_grad():
-        of_user = User(user.known, encode.profile(user.known), user.known.interests.size.sum(1))
+        of_user = User(known, encode.profile(known), known.interests.size.sum(1))
         recent = Recent(
-            table.embedding[user.recent][None],
-            table.key[user.recent][None],
-            (user.recent != PADDING)[None],
+            table.embedding[recent_items][None],
+            table.key[recent_items][None],
+            (recent_items != PADDING)[None],
             torch.zeros_like(target),
         )
         logit: Tensor = reader(of_user, recent, _candidates(table, target))
@@ -106,19 +135,15 @@ def model_files(
         [torch.sigmoid(read_user(reader, table, user, target)) for user, target in zip(users, targets, strict=True)]
     )
     mirror = {
-        "center": torch.cat([user.known.interests.center for user in users]),
-        "value": torch.cat([user.known.interests.value for user in users]),
-        "size": torch.cat([user.known.interests.size for user in users]),
-        "variance": torch.cat([user.known.interests.variance for user in users]),
-        "item": _padded([user.known.remembered.item[0] for user in users], NO_ITEM),
-        "times": _padded([user.known.remembered.times[0] for user in users], 0),
-        "recent": torch.stack([user.recent for user in users]),
-        "target": targets,
-        "probability": expected,
+        **{name: np.stack([getattr(user, name) for user in users]) for name in _STACKED},
+        "item": _padded([user.item for user in users], NO_ITEM),
+        "times": _padded([user.times for user in users], 0),
+        "target": targets.numpy(),
+        "probability": expected.numpy(),
     }
     return {
         "model.json": canonical_json(card.model_dump(mode="json")),
-        "reader.safetensors": _save(reader.state_dict()),
+        "reader.safetensors": _save({name: value.detach().numpy() for name, value in reader.state_dict().items()}),
         "mirror.safetensors": _save(mirror),
         "report.json": canonical_json(report),
     }
@@ -172,18 +197,15 @@ def check_mirror(
     """
     score = score or (lambda user, target: torch.sigmoid(read_user(reader, table, user, target)))
     try:
-        mirror = {name: torch.from_numpy(value) for name, value in load(files["mirror.safetensors"]).items()}
-        worst, scale = 0.0, reader.scale.item()
-        for place in range(len(mirror["target"])):
-            center, value, size, variance = (mirror[name][place] for name in ("center", "value", "size", "variance"))
-            item, times = (mirror[name][place][mirror["times"][place] > 0].numpy() for name in ("item", "times"))
+        mirror, worst = load(files["mirror.safetensors"]), 0.0
+        for place, (target, expected) in enumerate(zip(mirror["target"], mirror["probability"], strict=True)):
+            item, times = (mirror[name][place][mirror["times"][place] > 0] for name in ("item", "times"))
             category = table.category.numpy()[item]
-            recent = mirror["recent"][place].numpy()
-            user = user_state(center, value, size, variance, scale, item, times, category, recent)
-            found = score(user, mirror["target"][place])
-            off = (found - mirror["probability"][place]).abs().max()
-            worst = max(worst, float(off.nan_to_num(nan=1.0)))
-    except (KeyError, SafetensorError, RuntimeError, IndexError) as error:
+            stacked = {name: mirror[name][place] for name in _STACKED}
+            user = UserState(**stacked, scale=reader.scale.item(), item=item, times=times, category=category)
+            found = score(user, torch.from_numpy(target)).numpy()
+            worst = max(worst, float(np.nan_to_num(np.abs(found - expected).max(), nan=1.0)))
+    except (KeyError, SafetensorError, RuntimeError, IndexError, ValueError) as error:
         raise ArtifactError(f"{where}: mirror test cannot run ({type(error).__name__}: {error})") from None
     if worst > MIRROR_TOLERANCE:
         raise ArtifactError(
@@ -192,57 +214,21 @@ def check_mirror(
         )
 
 
-def user_state(
-    center: Float[Tensor, "K P"],
-    value: Float[Tensor, "K D"],
-    size: Float[Tensor, " K"],
-    variance: Float[Tensor, "K P"],
-    scale: float,
-    item: npt.NDArray[np.int64],
-    times: npt.NDArray[np.int64],
-    category: npt.NDArray[np.int64],
-    recent: npt.NDArray[np.int64],
-) -> UserState:
-    """Make a user's state from the user's own interests, remembered items and recent behaviors (vocabulary index).
-
-    Args:
-        center: of each interest.
-        value: of each interest.
-        size: behaviors in each interest, 0 for none.
-        variance: of the keys of each interest.
-        scale: of the relevance.
-        item: remembered items, ascending; may be none.
-        times: how many behaviors are with each of them.
-        category: index of each one's category.
-        recent: padded.
-    """
-    known = category > UNKNOWN
-    categories, place = np.unique(category[known], return_inverse=True)
-    in_category = np.minimum(np.bincount(place, times[known], len(categories)), MOST_TIMES).astype(np.int64)
-    interests = Interests(center[None], value[None], size[None], variance[None], torch.tensor(scale))
-    return UserState(
-        Known(interests, _remembered(item, times), _remembered(categories, in_category)), torch.from_numpy(recent)
-    )
-
-
 def _remembered(item: npt.NDArray[np.int64], times: npt.NDArray[np.int64]) -> Remembered:
     """Return what is remembered of one user, with an empty place at the end, so that there is one at least."""
     return Remembered(torch.from_numpy(np.append(item, NO_ITEM))[None], torch.from_numpy(np.append(times, 0))[None])
 
 
-def _padded(rows: Sequence[Tensor], filler: int) -> Tensor:
-    """Return rows of different lengths as one tensor, [U, longest].
-
-    torch's `pad_sequence` passes the filler through a float, which the largest int64 does not survive.
-    """
-    padded = torch.full((len(rows), max(map(len, rows))), filler)
+def _padded(rows: Sequence[npt.NDArray[np.int64]], filler: int) -> npt.NDArray[np.int64]:
+    """Return rows of different lengths as one array, with an empty place at the end of the longest."""
+    padded = np.full((len(rows), 1 + max(map(len, rows))), filler)
     for place, row in enumerate(rows):
         padded[place, : len(row)] = row
     return padded
 
 
-def _save(tensors: Mapping[str, Tensor]) -> bytes:
-    return bytes(save({name: np.ascontiguousarray(value.detach().numpy()) for name, value in tensors.items()}))
+def _save(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    return bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 def read_report(files: Mapping[str, bytes]) -> dict[str, object]:

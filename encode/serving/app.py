@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from encode import __version__
 from encode.config import Places, RegistryConfig
 from encode.serving import keys, webhook
-from encode.serving.arrow import ALSO_ARROW, arrow_routes
+from encode.serving.arrow import ALSO_ARROW, arrow_route
 from encode.serving.follower import Follower
 from encode.serving.inference import inference_probes, inference_routes
 from encode.serving.invocations import invocation_routes
@@ -105,10 +105,11 @@ def create_app(
 
 def _add_routes(app: FastAPI, scorer: Scorer, model_name: str) -> None:
     key = keys.DOCUMENTED
+    # Routes are tried in order: first what is asked for most.
+    app.routes.append(arrow_route(scorer))
+    app.include_router(own_routes(scorer, ALSO_ARROW), dependencies=[key], responses=documented())
     app.include_router(page_routes())
     app.include_router(probe_routes(scorer))
     app.include_router(inference_probes(scorer))
-    app.include_router(arrow_routes(scorer))
-    app.include_router(own_routes(scorer, ALSO_ARROW), dependencies=[key], responses=documented())
     app.include_router(invocation_routes(scorer), dependencies=[key], responses=documented())
     app.include_router(inference_routes(scorer, model_name), dependencies=[key])

@@ -13,15 +13,16 @@ import json
 import struct
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import Request, Response
 from pydantic import ValidationError
 from pydantic_core import from_json
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from encode.serving.messages import ScoreRequest
+from encode.serving.bundle import Asked
+from encode.serving.messages import MAX_CANDIDATES, ScoreRequest
 from encode.serving.problems import invalid, invalid_body
 from encode.serving.scoring import Scorer
 
@@ -32,21 +33,20 @@ ALSO_ARROW: dict[str, Any] = {"requestBody": _BINARY, "responses": {"200": _BINA
 _OUT = pa.schema([pa.field("probability", pa.float32(), nullable=False)])
 
 
-class _ArrowRoute(APIRoute):
+class _ArrowRoute(Route):
     """A route for bodies in Arrow only; others go on to the next route of the same path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         given = dict(scope["headers"]).get(b"content-type", b"") if scope["type"] == "http" else b""
         if given.partition(b";")[0].strip().lower() != CONTENT_TYPE.encode():
             return Match.NONE, {}
-        return super().matches(scope)
+        found, more = super().matches(scope)
+        return found, {**more, "route": self}  # as FastAPI's do: its path is what is logged
 
 
-def arrow_routes(scorer: Scorer) -> APIRouter:
+def arrow_route(scorer: Scorer) -> Route:
     """Make the route; it must come before the one of the same path in JSON."""
-    routes = APIRouter(route_class=_ArrowRoute)
 
-    @routes.post("/v1/score", include_in_schema=False)
     async def score(request: Request) -> Response:
         asked = read_request(await request.body())
         bundle = scorer.bundle(request, asked.user_id)
@@ -58,10 +58,10 @@ def arrow_routes(scorer: Scorer) -> APIRouter:
         }
         return Response(_stream(scored.probabilities, told), media_type=CONTENT_TYPE)
 
-    return routes
+    return _ArrowRoute("/v1/score", score, methods=["POST"], include_in_schema=False)
 
 
-def read_request(body: bytes) -> ScoreRequest:
+def read_request(body: bytes) -> Asked:
     """Read and check a request.
 
     Raises:
@@ -85,13 +85,28 @@ def read_request(body: bytes) -> ScoreRequest:
         recent = from_json(told.get(b"recent", b"[]"))
     except ValueError as error:
         raise invalid(f"expected JSON in the metadata of the schema: {error}", "recent") from None
-    columns = batch.to_pydict()
+    columns = {name: np.array(batch.column(name)) for name in batch.schema.names}
+    asked = Asked(int(user), columns["item_id"], columns.get("category_id"))
+    if recent == [] and _is_plain(asked):
+        return asked
+    told = {name: column.tolist() for name, column in columns.items()}
     try:
         return ScoreRequest(
-            user_id=int(user), item_ids=columns["item_id"], category_ids=columns.get("category_id"), recent=recent
-        )
+            user_id=int(user), item_ids=told["item_id"], category_ids=told.get("category_id"), recent=recent
+        ).asked()
     except ValidationError as error:
         raise invalid_body(error) from None
+
+
+def _is_plain(asked: Asked) -> bool:
+    """Tell whether `ScoreRequest` would take it as it is: there it is said once, and here without a list of objects."""
+    ids, categories = asked.item_ids, asked.category_ids
+    return (
+        0 < asked.user_id <= np.iinfo(np.int64).max
+        and 0 < len(ids) <= MAX_CANDIDATES
+        and bool(ids.min() > 0)
+        and (categories is None or bool(categories.min() >= 0))
+    )
 
 
 def _only_batch(body: bytes) -> pa.RecordBatch:
@@ -139,7 +154,7 @@ def _is_compressed(metadata: bytes) -> bool:
     return field(batch, 3) != 0
 
 
-def _stream(probabilities: list[float], told: dict[str, str]) -> bytes:
+def _stream(probabilities: np.ndarray, told: dict[str, str]) -> bytes:
     schema = _OUT.with_metadata(told)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:

@@ -7,12 +7,13 @@ reading of it, loaded beside whatever serves and immutable from then on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 
 from encode.data.erasures import erased_users
 from encode.data.parquet import read_parquet
@@ -23,22 +24,14 @@ from encode.model.ctr import Reader
 from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest
 from encode.model.space import Space
 from encode.pointers import Pointer, read_current
-from encode.schema import UNKNOWN, digest
+from encode.schema import PADDING, UNKNOWN, digest
 from encode.serving.engine import Engine
 from encode.serving.local_snapshot import ALL_USERS, LocalSnapshot, Shard, fetch_snapshot
 from encode.storage import Storage
 
 Chain = tuple[str, Pointer]
 """A model version and what its space points at: what decides a bundle."""
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Probabilities of the candidates of one request, and what had to be assumed."""
-
-    probabilities: list[float]
-    unknown_user: bool
-    unknown_items: list[int]
+_Ids = Sequence[int] | Int64[np.ndarray, " B"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,27 @@ class Behavior:
     item_id: int
     category_id: int
     timestamp: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the candidates of a user are scored by."""
+
+    user_id: int
+    item_ids: Int64[np.ndarray, " B"]
+    category_ids: Int64[np.ndarray, " B"] | None = None
+    """For those candidates that the space may not know."""
+    recent: Sequence[Behavior] = ()
+    """Since the snapshot, in any order; they go before those that the snapshot holds."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Probabilities of the candidates of one request, and what had to be assumed."""
+
+    probabilities: Float[np.ndarray, " B"]
+    unknown_user: bool
+    unknown_items: list[int]
 
 
 @dataclass(frozen=True)
@@ -79,35 +93,23 @@ class Bundle:
         """What it was loaded from."""
         return self.model_version, self.pointer
 
-    def score(
-        self,
-        user_id: int,
-        item_ids: Sequence[int],
-        category_ids: Sequence[int] | None = None,
-        recent: Sequence[Behavior] = (),
-    ) -> Scored:
+    def score(self, asked: Asked) -> Scored:
         """Return the probability of each candidate.
 
         A user without a row is scored without a history; an item outside the vocabulary as its category's other
         items if a category is given, else as unknown.
 
-        Args:
-            user_id: whom to score for.
-            item_ids: candidates.
-            category_ids: of the candidates, for those that the space may not know.
-            recent: behaviors since the snapshot, any order; they go before those that the snapshot holds.
-
         Raises:
             ArtifactError: a probability is not a number.
         """
-        row = self.snapshot.find(user_id)
-        target = self._index(item_ids, category_ids)
-        user = self._with_recent(state_of(row, self.space), recent)
-        probability = self.engine.score_user(user, torch.from_numpy(target))
-        if not probability.isfinite().all():
+        row = self.snapshot.find(asked.user_id)
+        target = self._index(asked.item_ids, asked.category_ids)
+        user = self._with_recent(state_of(row, self.space), asked.recent)
+        probability = self.engine.score_user(user, torch.from_numpy(target)).numpy()
+        if not np.isfinite(probability).all():
             raise ArtifactError(f"bundle {self.id}: a probability is not a number")
-        unknown = np.flatnonzero(~self.space.vocabulary.is_item(target))
-        return Scored(probability.tolist(), row is None, [item_ids[place] for place in unknown.tolist()])
+        unknown = asked.item_ids[~self.space.vocabulary.is_item(target)]
+        return Scored(probability, row is None, unknown.tolist())
 
     def interests(self, user_id: int) -> list[dict[str, Any]] | None:
         """Return what the system thinks a user likes, largest interest first; None for an unknown user."""
@@ -150,9 +152,9 @@ class Bundle:
         found = vocabulary.item_category_ids[index[vocabulary.is_item(index)] - vocabulary.num_categories]
         return [category for category in dict.fromkeys(found.tolist()) if category]
 
-    def _index(self, item_ids: Sequence[int], category_ids: Sequence[int] | None) -> np.ndarray:
-        categories = None if category_ids is None else np.array(category_ids, np.int64)
-        index = self.space.vocabulary.index(np.array(item_ids, np.int64), categories)
+    def _index(self, item_ids: _Ids, category_ids: _Ids | None) -> np.ndarray:
+        categories = None if category_ids is None else np.asarray(category_ids, np.int64)
+        index = self.space.vocabulary.index(np.asarray(item_ids, np.int64), categories)
         return np.where(index == 0, UNKNOWN, index)  # padding is not a candidate
 
     def _with_recent(self, user: UserState, recent: Sequence[Behavior]) -> UserState:
@@ -160,11 +162,9 @@ class Bundle:
             return user
         ordered = sorted(recent, key=lambda behavior: behavior.timestamp)
         added = self._index([b.item_id for b in ordered], [b.category_id for b in ordered])
-        held = user.recent[user.recent != 0]
-        both = torch.cat([held, torch.from_numpy(added)])[-len(user.recent) :]
-        padded = torch.zeros_like(user.recent)
-        padded[: len(both)] = both
-        return UserState(user.known, padded)
+        held = user.recent[user.recent != PADDING]
+        both = np.concatenate([held, added])[-len(user.recent) :]
+        return replace(user, recent=np.pad(both, (0, len(user.recent) - len(both))))
 
 
 def load_bundle(

@@ -3,28 +3,32 @@
 What does not depend on the candidate is computed once a user, each attention takes its exponentials once, and what a
 candidate looks up is gathered from the space's own tables: nothing is kept a second time. Slots are rows and candidates
 columns wherever slots are summed over: of rows that long the sums are vectorized. The first layer is added up from the
-parts of its input, which need not be put side by side.
+parts of its input, which need not be put side by side. What is small is left to NumPy, whose calls cost less than
+PyTorch's, and what takes a look-up or a branch for each candidate is compiled.
 
     B candidates   K interests   R recent behaviors   M slots that are attended to   D embedding_dim   P projected_dim
-    H width of the first hidden layer, or 1
+    N remembered items   V vocabulary   H width of the first hidden layer, or 1
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from encode.compiled import compiled, hash_slot, read_only
 from encode.model.ctr import Encode, Reader
 from encode.model.files import UserState
-from encode.model.relevance import Remembered, times_of
 from encode.model.space import Space
-from encode.schema import PADDING
+from encode.schema import MOST_TIMES, PADDING, UNKNOWN
 
 _LOWEST = torch.finfo(torch.float32).min
 """Logit of a slot that is empty; not -inf, so that a candidate without any slot gives no NaN."""
+Floats = npt.NDArray[np.float32]
 
 
 class Slots(NamedTuple):
@@ -34,7 +38,7 @@ class Slots(NamedTuple):
     """Times what is asked of a candidate, C numbers, it gives the relevance."""
     log_prior: Float[Tensor, "M 1"]
     """The lowest number where a slot is empty."""
-    log_mass: Float[Tensor, ""]
+    log_mass: float
     """log sum_m exp(prior_m); the lowest number where all are empty."""
     is_empty: bool
     """All of them are."""
@@ -46,14 +50,12 @@ class PreparedUser(NamedTuple):
 
     interests: Slots
     """C = 2 P: asked with [h_t, h_t^2]. E = D + P: the value, and how far attention moves the mean key."""
-    remembered: Remembered
-    """Of a single user, G = 1."""
-    categories: Remembered
-    """Of the same user."""
     recent: Slots
     """C = P, E = D."""
-    bias: Float[Tensor, " H"]
-    """The part of the first layer that depends on the user alone."""
+    remembered: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    """Items, how often each was had, and its category, [N] each."""
+    of_scalars: Float[Tensor, "5 H"]
+    """What the numbers of a candidate add to the first layer: weights, and the part that the user alone decides."""
 
 
 class Engine:
@@ -71,33 +73,36 @@ class Engine:
         weight, D = first.weight.detach(), space.embedding.shape[1]
         self._encode = cast(Encode, reader.long_term)
         self._items = space.items
+        self._category = read_only(space.items.category.numpy())
         self._scale = reader.scale.item()
-        self._of_user = torch.cat([weight[:, 5 * D : 6 * D], weight[:, -1:]], 1)
-        self._bias = first.bias.detach()
+        self._of_user = torch.cat([weight[:, 5 * D : 6 * D], weight[:, -1:]], 1).numpy()
+        self._bias = first.bias.detach().numpy()
         self._of_vectors = [weight[:, place * D : (place + 1) * D].T.contiguous() for place in range(5)]
-        self._of_scalars = weight[:, 6 * D : -1].T.contiguous()
+        self._of_scalars = weight[:, 6 * D : -1].T.numpy()
         rest = [layer for layer in list(reader.mlp)[1:] if isinstance(layer, nn.Linear)]
         self._rest = [(layer.weight.detach().T.contiguous(), layer.bias.detach()) for layer in rest]
 
-    @torch.inference_mode()
     def prepare(self, user: UserState) -> PreparedUser:
         """Return what scoring needs of a user."""
-        interests = user.known.interests
-        center, value, size, variance = (part[0] for part in interests[:4])
-        scale = interests.scale
-        slots = _slots(
-            torch.cat([scale * center, 0.5 * scale.square() * variance], 1),
-            (self._encode.size_prior * size.clamp(min=1).log()).masked_fill(size == 0, _LOWEST),
-            torch.cat([value, scale * variance], 1),
+        total = user.size.sum()
+        spread = user.scale * user.variance
+        is_interest, is_recent = user.size > 0, user.recent != PADDING
+        interests = _slots(
+            np.concatenate([user.scale * user.center, 0.5 * user.scale * spread], 1),
+            self._encode.size_prior * np.log(np.maximum(user.size, 1)),
+            is_interest,
+            np.concatenate([user.value, spread], 1),
         )
         recent = _slots(
-            self._scale * self._items.key[user.recent],
-            torch.zeros(len(user.recent)).masked_fill(user.recent == PADDING, _LOWEST),
-            self._items.embedding[user.recent],
+            self._scale * self._items.key.numpy()[user.recent],
+            np.zeros(len(is_recent), np.float32),
+            is_recent,
+            self._items.embedding.numpy()[user.recent],
         )
-        of_user = torch.cat([self._encode.profile(user.known)[0], size.sum().log1p()[None]])
-        bias = torch.addmv(self._bias, self._of_user, of_user)
-        return PreparedUser(slots, user.known.remembered, user.known.categories, recent, bias)
+        profile = user.size / max(total, 1) @ user.value
+        bias = self._bias + self._of_user @ np.append(profile, np.log1p(total))
+        of_scalars = torch.from_numpy(np.concatenate([self._of_scalars, bias[None]]))
+        return PreparedUser(interests, recent, (user.item, user.times, user.category), of_scalars)
 
     @torch.inference_mode()
     def score(self, user: PreparedUser, target: Int64[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -109,15 +114,14 @@ class Engine:
         """
         embedding = self._items.embedding.index_select(0, target)
         key = self._items.key.index_select(0, target)
-        weights, affinity, times = self._attend_interests(user, key, target)
+        # Of each candidate: affinity, log(1 + n_t), the same of its category, recent affinity, and 1.
+        scalars = embedding.new_empty(5, len(target))
+        weights = self._attend_interests(user, key, target, scalars)
         pooled, D = weights[:-1].T @ user.interests.value, embedding.shape[1]
         long_term = torch.addmm(pooled[:, :D], key * pooled[:, D:], self._encode.decoder)
         long_term.addcmul_(weights[-1][:, None], embedding)
-        weights, recent_affinity = _attend_recent(user.recent, key)
-        short_term = weights.T @ user.recent.value
-        in_category = times_of(self._items.category.index_select(0, target)[None], user.categories)[0]
-        scalars = torch.stack([affinity, times.log1p(), in_category.log1p(), recent_affinity], 1)
-        hidden = torch.addmm(user.bias, scalars, self._of_scalars)
+        short_term = _attend_recent(user.recent, key, scalars[3]).T @ user.recent.value
+        hidden = scalars.T @ user.of_scalars
         vectors = long_term, short_term, embedding, long_term * embedding, short_term * embedding
         for vector, weight in zip(vectors, self._of_vectors, strict=True):
             hidden.addmm_(vector, weight)
@@ -140,35 +144,53 @@ class Engine:
             recent behaviors, in the order of `UserState.recent`.
         """
         key = self._items.key.index_select(0, target)
-        return self._attend_interests(user, key, target)[0].T, _attend_recent(user.recent, key)[0].T
+        scalars = key.new_empty(5, len(target))
+        return self._attend_interests(user, key, target, scalars).T, _attend_recent(user.recent, key, scalars[3]).T
 
     def _attend_interests(
-        self, user: PreparedUser, key: Float[Tensor, "B P"], target: Int64[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "K_plus_1 B"], Float[Tensor, " B"], Int64[Tensor, " B"]]:
-        """Return what `relevance.attend_interests` does but the value: weights and affinity; and n_t."""
+        self,
+        user: PreparedUser,
+        key: Float[Tensor, "B P"],
+        target: Int64[Tensor, " B"],
+        scalars: Float[Tensor, "5 B"],
+    ) -> Float[Tensor, "K_plus_1 B"]:
+        """Return the weights that `relevance.attend_interests` does; `scalars` gets all but recent affinity."""
         slots, square = user.interests, key.square()
-        times = times_of(target[None], user.remembered)[0]
-        prior = (self._encode.size_prior * times.clamp(min=1).log()).masked_fill(times == 0, _LOWEST)
+        prior, mass = (np.empty(len(target), np.float32) for _ in range(2))
+        _of_candidates(
+            read_only(target.numpy()),
+            self._category,
+            *(read_only(part) for part in user.remembered),
+            self._encode.size_prior,
+            slots.log_mass,
+            prior,
+            mass,
+            scalars.numpy(),
+        )
         logits = key.new_empty(len(slots.key) + 1, len(target))
         torch.addmm(slots.log_prior, slots.key, torch.cat([key, square], 1).T, out=logits[:-1])
-        torch.add(prior, square.sum(1), alpha=self._scale, out=logits[-1])
+        torch.add(torch.from_numpy(prior), square.sum(1), alpha=self._scale, out=logits[-1])
         weights, total = _softmax(logits)
         if slots.is_empty:
-            weights.mul_(times > 0)
-        return weights, total - torch.logaddexp(slots.log_mass, prior), times
+            weights.mul_(scalars[1] > 0)
+        torch.sub(total, torch.from_numpy(mass), out=scalars[0])
+        return weights
 
 
-def _slots(key: Float[Tensor, "M C"], log_prior: Float[Tensor, " M"], value: Float[Tensor, "M E"]) -> Slots:
-    log_mass = log_prior.logsumexp(0)
-    return Slots(key, log_prior[:, None], log_mass, log_mass.item() == _LOWEST, value)
+def _slots(key: Floats, log_prior: Floats, is_filled: npt.NDArray[np.bool_], value: Floats) -> Slots:
+    prior = np.where(is_filled, log_prior, np.float32(_LOWEST))
+    is_empty = not is_filled.any()
+    log_mass = _LOWEST if is_empty else float(np.logaddexp.reduce(prior))
+    return Slots(torch.from_numpy(key), torch.from_numpy(prior)[:, None], log_mass, is_empty, torch.from_numpy(value))
 
 
-def _attend_recent(slots: Slots, key: Float[Tensor, "B P"]) -> tuple[Float[Tensor, "R B"], Float[Tensor, " B"]]:
-    """Return the weights of the recent behaviors, and the affinity to them."""
+def _attend_recent(slots: Slots, key: Float[Tensor, "B P"], affinity: Float[Tensor, " B"]) -> Float[Tensor, "R B"]:
+    """Return the weights of the recent behaviors; `affinity` gets that to all of them."""
     weights, total = _softmax(torch.addmm(slots.log_prior, slots.key, key.T))
     if slots.is_empty:
         weights.zero_()
-    return weights, total - slots.log_mass
+    torch.sub(total, slots.log_mass, out=affinity)
+    return weights
 
 
 def _softmax(logits: Float[Tensor, "M B"]) -> tuple[Float[Tensor, "M B"], Float[Tensor, " B"]]:
@@ -177,3 +199,69 @@ def _softmax(logits: Float[Tensor, "M B"]) -> tuple[Float[Tensor, "M B"], Float[
     weights = logits.sub_(highest).exp_()
     total = weights.sum(0)
     return weights.mul_(total.reciprocal()), total.log_().add_(highest)
+
+
+# --- compiled ----------------------------------------------------------------------------------------------
+
+
+@compiled
+def _of_candidates(
+    target: Any,
+    category_of: Any,
+    item: Any,
+    times: Any,
+    category: Any,
+    size_prior: float,
+    log_mass: float,
+    prior: Any,
+    mass: Any,
+    scalars: Any,
+) -> None:
+    """Write of each candidate what depends on how often the user had it, n, and its category.
+
+    Args:
+        target: vocabulary index, [B].
+        category_of: category index of each vocabulary index, [V].
+        item: remembered, [N].
+        times: how often each was had, [N].
+        category: of each, [N].
+        size_prior: factor of log n in the prior of a candidate's own past.
+        log_mass: of the interests.
+        prior: gets that prior, the lowest number where n is 0, [B].
+        mass: gets log(exp(log_mass) + exp(prior)), [B].
+        scalars: rows 1, 2 and 4 get log(1 + n), log(1 + n of the category) and 1, [5, B].
+    """
+    bits = 1
+    while (1 << bits) < 2 * len(item):
+        bits += 1
+    items, categories = np.full(1 << bits, -1, np.int64), np.full(1 << bits, -1, np.int64)
+    counts, sums = np.empty(1 << bits, np.int64), np.zeros(1 << bits, np.int64)
+    for i in range(len(item)):
+        slot = _slot_of(items, item[i], bits)
+        items[slot] = item[i]
+        counts[slot] = times[i]
+        if category[i] > UNKNOWN:
+            slot = _slot_of(categories, category[i], bits)
+            categories[slot] = category[i]
+            sums[slot] += times[i]
+    for b in range(len(target)):
+        slot = _slot_of(items, target[b], bits)
+        n = counts[slot] if items[slot] >= 0 else 0
+        slot = _slot_of(categories, category_of[target[b]], bits)
+        prior[b], mass[b] = _LOWEST, log_mass
+        if n > 0:
+            own = size_prior * np.log(float(n))
+            high = max(own, log_mass)
+            prior[b], mass[b] = own, high + np.log(np.exp(own - high) + np.exp(log_mass - high))
+        scalars[1, b] = np.log1p(float(n))
+        scalars[2, b] = np.log1p(float(min(sums[slot], MOST_TIMES)))
+        scalars[4, b] = 1.0
+
+
+@compiled
+def _slot_of(table: Any, key: int, bits: int) -> Any:
+    """Return where a table of 2^bits places, -1 where empty, holds a key or could."""
+    slot = hash_slot(key, bits)
+    while table[slot] >= 0 and table[slot] != key:
+        slot = (slot + 1) & (len(table) - 1)
+    return slot

@@ -18,10 +18,10 @@ from encode.errors import ArtifactError, EncodeError
 from encode.interests.snapshots import folder_of
 from encode.pointers import read_pointer
 from encode.registry import CHAMPION, REFUSED, Registry
-from encode.serving.bundle import Bundle, Chain, Scored, load_bundle
+from encode.serving.bundle import Asked, Bundle, Chain, Scored, load_bundle
 from encode.serving.local_snapshot import remove_files
 from encode.serving.rollout import Role, Rollout, Watch
-from encode.serving.trial import Asked, Recorder, timed, try_bundle
+from encode.serving.trial import Recorder, timed, try_bundle
 from encode.storage import Storage, open_storage
 
 _STOP_SECONDS = 1.0

@@ -193,8 +193,8 @@ def inference_routes(scorer: Scorer, model_name: str) -> APIRouter:
         check(name)
         wanted = asked.asked()
         bundle = scorer.bundle(request, wanted.user_id)
-        scored = scorer.score(request, bundle, wanted)
-        return written(_answer(name, asked.id, bundle, scorer.fallbacks(bundle, scored), scored.probabilities))
+        scored = scorer.score(request, bundle, wanted.asked())
+        return written(_answer(name, asked.id, bundle, scorer.fallbacks(bundle, scored), scored.probabilities.tolist()))
 
     return routes
 

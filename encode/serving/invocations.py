@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from encode.serving.messages import MAX_CANDIDATES, Body, BundleInfo, Many, ScoreRequest, StrictId, written
+from encode.serving.bundle import Asked
+from encode.serving.messages import MAX_CANDIDATES, Body, BundleInfo, Many, StrictId, written
 from encode.serving.problems import invalid, invalid_body
 from encode.serving.rollout import BY_ROLE
 from encode.serving.scoring import Scorer
@@ -104,9 +106,8 @@ def invocation_routes(scorer: Scorer) -> APIRouter:
         probabilities: dict[int, float] = {}
         unknown_users, unknown_items = [], set()
         for user, held in places.items():
-            items = ScoreRequest(user_id=user, item_ids=list(held.values()))
-            scored = scorer.score(request, bundle, items)
-            probabilities |= zip(held, scored.probabilities, strict=True)
+            scored = scorer.score(request, bundle, Asked(user, np.array(list(held.values()), np.int64)))
+            probabilities |= zip(held, scored.probabilities.tolist(), strict=True)
             unknown_items |= set(scored.unknown_items)
             unknown_users += [user] if scored.unknown_user else []
         answer = Predictions(

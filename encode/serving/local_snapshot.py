@@ -91,6 +91,8 @@ class LocalSnapshot:
 
     def shard_of(self, user_id: int) -> Shard:
         """Return the shard that holds a user, one of as many as there are."""
+        if self.shard == ALL_USERS:
+            return ALL_USERS
         return Shard(self._bucket(user_id) % self.shard.count, self.shard.count)
 
     def find(self, user_id: int) -> UserRow | None:

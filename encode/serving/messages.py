@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
+import numpy as np
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from encode.serving.bundle import Asked, Behavior
 
 MAX_CANDIDATES = 5_000
 Id = Annotated[int, Field(gt=0, le=2**63 - 1)]
@@ -47,6 +50,12 @@ class ScoreRequest(Body):
         if self.category_ids is not None and len(self.category_ids) != len(self.item_ids):
             raise ValueError(f"{len(self.category_ids)} category_ids for {len(self.item_ids)} item_ids")
         return self
+
+    def asked(self) -> Asked:
+        """Return the same as arrays."""
+        categories = None if self.category_ids is None else np.array(self.category_ids, np.int64)
+        recent = [Behavior(one.item_id, one.category_id, one.timestamp) for one in self.recent]
+        return Asked(self.user_id, np.array(self.item_ids, np.int64), categories, recent)
 
 
 def written(answer: BaseModel) -> Response:

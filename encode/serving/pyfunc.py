@@ -17,7 +17,7 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from encode.config import Places
 from encode.model.files import MODEL_FILES
-from encode.serving.bundle import Bundle, load_bundle
+from encode.serving.bundle import Asked, Bundle, load_bundle
 from encode.storage import open_storage
 
 
@@ -51,5 +51,5 @@ class ScoringModel(PythonModel):  # type: ignore[misc]
         probabilities = np.zeros(len(users))
         for user in np.unique(users):
             rows = np.flatnonzero(users == user)
-            probabilities[rows] = self.bundle.score(int(user), items[rows].tolist()).probabilities
+            probabilities[rows] = self.bundle.score(Asked(int(user), items[rows])).probabilities
         return pd.DataFrame({"probability": probabilities})

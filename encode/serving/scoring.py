@@ -9,13 +9,12 @@ from typing import Any, get_args
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 
-from encode.serving.bundle import Behavior, Bundle, Scored
+from encode.serving.bundle import Asked, Bundle, Scored
 from encode.serving.follower import Follower
-from encode.serving.messages import Fallbacks, ScoreRequest
+from encode.serving.messages import Fallbacks
 from encode.serving.metrics import Metrics
 from encode.serving.rollout import ROLE_HEADER, Role, Rollout
 from encode.serving.shadow import Shadow
-from encode.serving.trial import Asked
 
 _RETRY = {"Retry-After": "2"}
 
@@ -73,20 +72,18 @@ class Scorer:
         """Tell whether a bundle's snapshot is older than allowed."""
         return self._max_age_days is not None and (self._now().date() - bundle.pointer.as_of).days > self._max_age_days
 
-    def score(self, request: Request, bundle: Bundle, asked: ScoreRequest) -> Scored:
+    def score(self, request: Request, bundle: Bundle, asked: Asked) -> Scored:
         """Score the candidates for one user; the log of the request is told how many.
 
         Raises:
             HTTPException: 421, the user is of a shard that this process does not hold.
         """
-        recent = [Behavior(one.item_id, one.category_id, one.timestamp) for one in asked.recent]
-        wanted = Asked(asked.user_id, asked.item_ids, asked.category_ids, recent)
         check_shard(bundle, asked.user_id)
-        scored, seconds = self.follower.score(bundle, wanted)
-        self.follower.recorder.record(wanted)
+        scored, seconds = self.follower.score(bundle, asked)
+        self.follower.recorder.record(asked)
         champion = bundle is not self.follower.challenger
         if champion:
-            self.shadow.offer(wanted, scored)
+            self.shadow.offer(asked, scored)
         self.metrics.scored("champion" if champion else "challenger", seconds, scored, self.stale(bundle))
         told = _told(request)
         told["candidates"] = told.get("candidates", 0) + len(asked.item_ids)

@@ -10,10 +10,9 @@ from contextlib import suppress
 
 import numpy as np
 
-from encode.serving.bundle import Scored
+from encode.serving.bundle import Asked, Scored
 from encode.serving.follower import Follower
 from encode.serving.metrics import Metrics
-from encode.serving.trial import Asked
 
 _WAITING = 32
 _LOG = logging.getLogger("uvicorn.error")
@@ -66,5 +65,5 @@ class Shadow:
                 self._metrics.shadowed("failed")
                 _LOG.warning("shadow: %s", type(error).__name__)
                 continue
-            apart = np.abs(np.subtract(scored.probabilities, answered.probabilities))
+            apart = np.abs(scored.probabilities - answered.probabilities)
             self._metrics.shadowed("scored", float(apart.mean()))

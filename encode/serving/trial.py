@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from encode.errors import ArtifactError
-from encode.serving.bundle import Behavior, Bundle, Scored
+from encode.serving.bundle import Asked, Bundle, Scored
 
 _DRAWN_USERS, _DRAWN_CANDIDATES = 8, 1_000
 _ROUNDS = 5
@@ -24,16 +23,6 @@ NEVER_SLOW_MS = 5.0
 """A median below this is good enough, whatever served before."""
 TIMES_SLOWER = 3.0
 """Than what served before, at most."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user's candidates were scored by."""
-
-    user_id: int
-    item_ids: Sequence[int]
-    category_ids: Sequence[int] | None = None
-    recent: Sequence[Behavior] = ()
 
 
 class Recorder:
@@ -114,7 +103,7 @@ def _typical(costs: Sequence[Sequence[_Cost]]) -> _Cost:
 def timed(bundle: Bundle, asked: Asked) -> tuple[Scored, float]:
     """Score, and return also the seconds it takes."""
     began = time.perf_counter()
-    scored = bundle.score(asked.user_id, asked.item_ids, asked.category_ids, asked.recent)
+    scored = bundle.score(asked)
     return scored, time.perf_counter() - began
 
 
@@ -138,4 +127,4 @@ def _drawn(bundle: Bundle) -> Iterator[Asked]:
     some = islice((int(user) for users in bundle.snapshot.user_ids() for user in users[:1]), _DRAWN_USERS - 1)
     for user in (*some, np.iinfo(np.int64).max):
         drawn = random.choice(items, _DRAWN_CANDIDATES) if len(items) else np.ones(_DRAWN_CANDIDATES, np.int64)
-        yield Asked(int(user), drawn.tolist())
+        yield Asked(int(user), drawn)

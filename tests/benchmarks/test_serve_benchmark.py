@@ -17,7 +17,7 @@ from encode.config import Places
 from encode.model.long_term import Sizes
 from encode.quality.rivals.attention import FullAttention, Whole
 from encode.quality.rivals.retrieved import top_behaviors
-from encode.serving.bundle import load_bundle
+from encode.serving.bundle import Asked, load_bundle
 from encode.stack.ports import free_port
 from encode.storage import open_storage
 
@@ -86,12 +86,14 @@ def test_a_rival_scores_each_candidate_of_each_user_by_its_history(tmp_path, nam
     bundle = load_bundle(open_storage(Places.in_folder(tmp_path)), release.files_of(served), "1", tmp_path / "cache")
     histories = serve_http.write_histories(tmp_path / "histories", served, 60)
     rival = whole_history.with_model(bundle, name, histories)
-    items = served.space.vocabulary.items_at(served.candidates(60, 0, 30)).tolist()
-    once, again = (rival.score(1, items).probabilities for _ in range(2))
-    assert once == again
+    items = served.space.vocabulary.items_at(served.candidates(60, 0, 30))
+    once, again = (rival.score(Asked(1, items)).probabilities for _ in range(2))
+    assert np.array_equal(once, again)
     assert len(set(once)) > 20
-    assert once != rival.score(2, items).probabilities != bundle.score(2, items).probabilities
-    np.testing.assert_allclose(rival.score(1, items[::-1]).probabilities, once[::-1], atol=1e-5)
+    others = rival.score(Asked(2, items)).probabilities
+    assert not np.array_equal(once, others)
+    assert not np.array_equal(others, bundle.score(Asked(2, items)).probabilities)
+    np.testing.assert_allclose(rival.score(Asked(1, items[::-1])).probabilities, once[::-1], atol=1e-5)
 
 
 def test_rivals_are_faster_but_read_the_same():

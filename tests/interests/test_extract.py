@@ -223,4 +223,4 @@ def test_state_is_the_row_padded():
 
 
 def parts(state):
-    return [*state.known.interests, *state.known.remembered, state.recent]
+    return [*state.known.interests, *state.known.remembered, torch.from_numpy(state.recent)]

@@ -28,7 +28,7 @@ from encode.model.space import SpaceConfig, load_space, space_of
 from encode.outputs import read_manifest
 from encode.pointers import read_pointer
 from encode.schema import SECONDS_PER_DAY, day_of, day_start
-from encode.serving.bundle import load_bundle
+from encode.serving.bundle import Asked, load_bundle
 from encode.storage import open_storage
 
 MODEL = ModelConfig(embedding_dim=6, category_dim=2, projected_dim=3, recent_length=4, hidden_dims=(8,))
@@ -295,10 +295,12 @@ def test_a_damaged_local_copy_is_fetched_again(folder, refresh, tmp_path):
     pointer = refresh(folder)
     first = load_bundle(folder, FILES, "1", tmp_path / "cache")
     user = int(next(first.snapshot.user_ids())[0])
-    scored = first.score(user, [10, 11])
+    asked = Asked(user, np.array([10, 11]))
+    scored = first.score(asked).probabilities
     part = tmp_path / "cache" / "interests" / SPACE.id / pointer.snapshot / "part-000.arrow"
     whole = part.read_bytes()
     part.unlink()
     part.write_bytes(whole[:100])
-    assert load_bundle(folder, FILES, "1", tmp_path / "cache").score(user, [10, 11]) == scored
+    again = load_bundle(folder, FILES, "1", tmp_path / "cache").score(asked)
+    assert np.array_equal(again.probabilities, scored)
     assert part.read_bytes() == whole

@@ -19,13 +19,13 @@ from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import (
     MODEL_FILES,
     ModelCard,
+    UserState,
     check_mirror,
     interest_weights,
     load_model,
     model_digest,
     model_files,
     read_user,
-    user_state,
 )
 from encode.model.relevance import NO_ITEM
 from encode.model.space import SPACE_FILES, SpaceConfig, load_space, space_of
@@ -68,12 +68,12 @@ def files(space_and_reader):
     rows = torch.tensor([2, 4, 6])
     sizes = [3.0, 2.0, 1.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     remembered = REMEMBERED, (np.zeros(0, np.int64), np.zeros(0, np.int64)), (np.arange(2, 7), np.arange(1, 6))
-    interests, recent = (space.items.key[rows], space.items.embedding[rows]), np.array([6, 5, 0, 0])
+    interests, recent = (space.items.key[rows].numpy(), space.items.embedding[rows].numpy()), np.array([6, 5, 0, 0])
     users = [
-        user_state(
+        UserState(
             *interests,
-            torch.tensor(size),
-            torch.full_like(interests[0], 0.01),
+            np.array(size, np.float32),
+            np.full_like(interests[0], 0.01),
             space.scale,
             *items,
             space.vocabulary.category_index[items[0]],
@@ -348,11 +348,11 @@ def test_a_candidate_is_scored_alone(space_and_reader):
     """The other candidates of a request change nothing."""
     space, reader = space_and_reader
     rows = torch.tensor([2, 4, 6])
-    user = user_state(
-        space.items.key[rows],
-        space.items.embedding[rows],
-        torch.tensor([5.0, 2, 1]),
-        torch.full((3, MODEL.projected_dim), 0.01),
+    user = UserState(
+        space.items.key[rows].numpy(),
+        space.items.embedding[rows].numpy(),
+        np.array([5, 2, 1], np.float32),
+        np.full((3, MODEL.projected_dim), 0.01, np.float32),
         space.scale,
         *REMEMBERED,
         space.vocabulary.category_index[REMEMBERED[0]],
@@ -371,7 +371,7 @@ def test_a_candidate_is_scored_alone(space_and_reader):
 def test_what_is_remembered_of_categories_is_that_of_its_items(space):
     """As training counts them: unknown categories do not count."""
     item, times, category = np.array([2, 3, 5, 6]), np.array([4, 1, 2, 70_000]), np.array([3, 2, 3, 1])
-    nothing = torch.zeros(1, MODEL.projected_dim), torch.zeros(1, MODEL.embedding_dim), torch.zeros(1)
-    user = user_state(*nothing, nothing[0], space.scale, item, times, category, np.zeros(4, np.int64))
+    nothing = [np.zeros(shape, np.float32) for shape in ((1, MODEL.projected_dim), (1, MODEL.embedding_dim), 1)]
+    user = UserState(*nothing, nothing[0], space.scale, item, times, category, np.zeros(4, np.int64))
     assert user.known.categories.item[0].tolist() == [2, 3, NO_ITEM]
     assert user.known.categories.times[0].tolist() == [1, 6, 0]

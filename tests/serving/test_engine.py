@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
 from encode.model.ctr import Encode, Reader, Tables
-from encode.model.files import UserState, interest_weights, read_user, user_state
+from encode.model.files import UserState, interest_weights, read_user
 from encode.model.space import Space, SpaceConfig, space_of
 from encode.schema import UNKNOWN
 from encode.serving.engine import Engine
@@ -49,13 +49,13 @@ def make_user(space: Space, sizes, num_remembered: int, num_recent: int, seed: i
     size[: len(sizes)] = sizes
     center, variance = 0.7 * random.normal(size=(K, P)), 0.1 * random.random((K, P))
     parts = (part * (size > 0)[:, None] for part in (center, random.normal(size=(K, D)), variance))
-    center, value, variance = (torch.from_numpy(part.astype(np.float32)) for part in parts)
+    center, value, variance = (part.astype(np.float32) for part in parts)
     item = np.sort(random.choice(np.arange(2, len(VOCABULARY)), num_remembered, replace=False))
     recent = np.zeros(R, np.int64)
     recent[:num_recent] = random.integers(UNKNOWN, len(VOCABULARY), num_recent)
     times = random.integers(1, 1000, num_remembered)
     category = VOCABULARY.category_index[item]
-    return user_state(center, value, torch.from_numpy(size), variance, space.scale, item, times, category, recent)
+    return UserState(center, value, size, variance, space.scale, item, times, category, recent)
 
 
 def expected_score(model, user: UserState, target):
@@ -87,8 +87,9 @@ def test_it_scores_and_attends_as_the_training_code_does(model, drawn, targets):
     interests, recent = engine.attention(prepared, target)
     expected = interest_weights(reader, space.items, user, target)
     torch.testing.assert_close(interests, expected, rtol=0, atol=1e-5)
-    logits = space.scale * space.items.key[target] @ space.items.key[user.recent].T
-    weights = logits.masked_fill(user.recent == 0, -torch.inf).softmax(1).nan_to_num(0)
+    held = torch.from_numpy(user.recent)
+    logits = space.scale * space.items.key[target] @ space.items.key[held].T
+    weights = logits.masked_fill(held == 0, -torch.inf).softmax(1).nan_to_num(0)
     torch.testing.assert_close(recent, weights, rtol=0, atol=1e-5)
 
 

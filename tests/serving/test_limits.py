@@ -7,9 +7,10 @@ import threading
 import time
 
 import httpx
+import numpy as np
 import pytest
 
-from encode.serving.bundle import Bundle
+from encode.serving.bundle import Asked, Bundle
 from encode.serving.limits import Limits
 
 GOOD = {"user_id": 1, "item_ids": [10, 11]}
@@ -202,7 +203,7 @@ def test_a_request_over_its_deadline_is_answered_but_keeps_its_place_while_it_is
             go_on.set()
             while app.state.work.count:
                 await asyncio.sleep(0.01)
-            app.state.follower.bundle.score(1, [10])
+            app.state.follower.bundle.score(Asked(1, np.array([10])))
             assert (await client.post("/invocations", json=ROWS)).status_code == 200
 
     asyncio.run(asyncio.wait_for(ask(), 60))

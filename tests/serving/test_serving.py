@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -40,11 +41,11 @@ from encode.evaluate.replay import make_replay
 from encode.interests.clustered import cluster_histories
 from encode.interests.extract import state_of
 from encode.interests.snapshots import folder_of, write_space
-from encode.model.files import UserState, read_user
+from encode.model.files import read_user
 from encode.pointers import read_pointer
 from encode.schema import SECONDS_PER_DAY, day_start
 from encode.serving.app import create_app
-from encode.serving.bundle import Behavior, Bundle
+from encode.serving.bundle import Asked, Behavior, Bundle
 from encode.serving.messages import MAX_CANDIDATES
 
 # --- train-serve parity ------------------------------------------------------------------------------------
@@ -70,10 +71,10 @@ def test_serving_scores_as_replay_does(bundle):
             for i in rows
             if day_start(AS_OF) <= HISTORIES.timestamps[i] < at[place]
         ]
-        scored = bundle.score(
-            int(HISTORIES.user_ids[user[place]]), [int(item[place])], [int(1 + item[place] % 4)], recent
-        )
-        found += scored.probabilities
+        items, categories = item[place : place + 1], 1 + item[place : place + 1] % 4
+        found += bundle.score(
+            Asked(int(HISTORIES.user_ids[user[place]]), items, categories, recent)
+        ).probabilities.tolist()
         since.append(len(recent))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert min(since) == 0
@@ -89,8 +90,8 @@ def test_recent_behaviors_count_as_if_they_had_been_in_the_history(client):
     assert np.abs(np.subtract(changed, score(client)["probabilities"])).max() > 1e-4
     state = state_of(client.app.state.follower.bundle.snapshot.find(1), SPACE)
     own = state.recent[state.recent != 0]
-    both = torch.cat([own, torch.from_numpy(VOCABULARY.index(np.array([20, 33])))])[-MODEL.recent_length :]
-    user = UserState(state.known, both)
+    both = np.concatenate([own, VOCABULARY.index(np.array([20, 33]))])[-MODEL.recent_length :]
+    user = replace(state, recent=both)
     logit = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
     assert changed == pytest.approx(torch.sigmoid(logit).tolist(), abs=1e-6)
 

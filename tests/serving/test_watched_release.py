@@ -20,6 +20,7 @@ from encode.monitoring.stability import counts_of, psi
 from encode.monitoring.watch import Watch, lines
 from encode.registry import Registry
 from encode.schema import Window
+from encode.serving.bundle import Asked
 from encode.storage import open_storage
 
 TINY = load_config("tiny")
@@ -114,7 +115,8 @@ def test_feedback_of_a_bundle_is_held_against_its_training(storage, known, relea
     behaviors = read_parquet(storage.get("behaviors/dt=2024-02-29/part-00000.parquet"))[:150]
     users, items, times = (behaviors[name].to_pylist() for name in ("user_id", "item_id", "timestamp"))
     users, items, times = [*users, 10**9], [*items, 10**9], [*times, times[-1]]
-    scores = [released.score(user, [item]).probabilities[0] for user, item in zip(users, items, strict=True)]
+    asked = [Asked(user, np.array([item])) for user, item in zip(users, items, strict=True)]
+    scores = [released.score(one).probabilities.item() for one in asked]
     columns = {"user_id": users, "item_id": items, "probability": scores, "label": np.ones(len(users), np.int8)}
     columns |= {"timestamp": times, "bundle": [released.id] * len(users)}
     pq.write_table(pa.table(columns), tmp_path / "log.parquet")
