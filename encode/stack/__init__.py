@@ -6,6 +6,7 @@ data. No container engine, no root and no port beyond 127.0.0.1 is needed. The m
 ground up:
 
     processes     one process group: start, identity, stop
+    together      several programs as one process: Airflow's parts
     health        one question to a server: are you ready, and if not, what is missing
     home          the files of a home: credentials, ports, process ids, lock
     policies      who may do what in the object store

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ PORTS: Mapping[str, tuple[str, ...]] = {
         *("filer", "filer_grpc", "admin", "admin_grpc"),
     ),
     "mlflow": ("main",),
-    "airflow": ("main", "worker_logs", "trigger_logs"),
+    "airflow": ("main",),
     "serving": ("main",),
 }
 DEFAULT_PORTS: Mapping[str, int] = {"objectstore": 8333, "mlflow": 5000, "airflow": 8080, "serving": 8000}
@@ -243,8 +244,8 @@ def airflow(
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__API__SECRET_KEY": credentials.session_secret,
         "AIRFLOW__API_AUTH__JWT_SECRET": credentials.jwt_secret,
-        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(ports["worker_logs"]),
-        "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(ports["trigger_logs"]),
+        # No name of a host: logs are read from the disk, and nobody is asked for them over the network.
+        "AIRFLOW__CORE__HOSTNAME_CALLABLE": "builtins.str",
         # A new file is seen within seconds and a changed one at once; unchanged ones are left alone.
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
         "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "60",
@@ -258,12 +259,24 @@ def airflow(
         name="airflow",
         folder=folder,
         ports=ports,
-        command=(sys.executable, "-m", "airflow", "standalone"),
+        command=(sys.executable, "-m", "encode.stack.together", *_airflow_parts()),
         settings=settings,
         problem=lambda: health.airflow_problem(url),
         files={passwords: json.dumps({credentials.airflow_username: credentials.airflow_password}) + "\n"},
         start_limit=300.0,
     )
+
+
+def _airflow_parts() -> list[str]:
+    """What `airflow standalone` runs, without the log servers, which would listen on every interface."""
+    parts = {
+        "migration": ("db", "migrate"),
+        "scheduler": ("scheduler", "--skip-serve-logs"),
+        "dag-processor": ("dag-processor",),
+        "api-server": ("api-server",),
+        "triggerer": ("triggerer", "--skip-serve-logs"),
+    }
+    return [f"{name}={shlex.join((sys.executable, '-m', 'airflow', *command))}" for name, command in parts.items()]
 
 
 def _dag_settings(environment: Mapping[str, str]) -> dict[str, str]:

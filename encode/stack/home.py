@@ -28,7 +28,7 @@ from encode.stack.processes import ProcessRecord, is_running
 
 MADE_BY = "encode.stack"
 FOLDERS = ("objectstore", "mlflow", "airflow", "serving", "logs")
-COMMANDS_FOLDERS = ("docs",)
+COMMANDS_FOLDERS = ("docs", "snapshots")
 """Written by commands beside the stack, and removed with it."""
 FILES = ("client.env", "credentials.json", "lock", "state.json")
 

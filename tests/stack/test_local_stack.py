@@ -321,9 +321,8 @@ def test_settings_of_another_platform_are_not_inherited(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "production")
     secret = home.Credentials(*["x"] * 7, role_secrets=dict.fromkeys(policies.ROLES, "secret"))
     store = components.Store("http://127.0.0.1:1", "key", "secret")
-    ports = {"main": 1, "worker_logs": 2, "trigger_logs": 3}
     made = components.airflow(
-        tmp_path, ports, dags_folder=tmp_path, credentials=secret, store=store, mlflow_url="m", serving_url="s"
+        tmp_path, {"main": 1}, dags_folder=tmp_path, credentials=secret, store=store, mlflow_url="m", serving_url="s"
     )
     environment = made.environment()
     assert [name for name in environment if name.startswith("AWS_")] == []

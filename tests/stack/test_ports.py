@@ -97,6 +97,14 @@ def test_a_home_of_before_wishes_were_noted_keeps_its_ports(usual, tmp_path):
     assert main_ports(ports.settle(home.read_state(tmp_path).entries, {})) == main_ports(moved)
 
 
+def test_a_port_of_a_server_that_is_no_longer_started_is_given_up(usual, tmp_path):
+    """Airflow had two for its log servers."""
+    made = ports.settle({}, {})
+    before = {**made["airflow"].ports, "worker_logs": 1, "trigger_logs": 2}
+    home.write_state(tmp_path, home.State("id", {**made, "airflow": replace(made["airflow"], ports=before)}))
+    assert ports.settle(home.read_state(tmp_path).entries, {}) == made
+
+
 def test_what_clients_and_the_state_are_told_follows_the_port(usual, tmp_path):
     folder, store = tmp_path / "home", ("objectstore",)
     try:
