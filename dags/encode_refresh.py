@@ -52,7 +52,7 @@ def encode_refresh() -> None:
     def refresh(*, outlet_events=None, **context):
         from encode import plan, steps
 
-        run = resolved(context)
+        run = resolved(context, as_of=True)
         summary = run.carry_out(steps.refresh, plan.refresh, run.days.end)
         outlet_events[INTERESTS].extra = run.facts
         return summary

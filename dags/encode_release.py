@@ -39,6 +39,7 @@ def encode_release() -> None:
 
     @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Skips the question where nobody is to be asked.")
     def needs_approval(judged):
+        print(_why_asked(judged))
         return judged["approval"]
 
     # ApprovalOperator would skip the task that notes a rejection.
@@ -66,6 +67,14 @@ def encode_release() -> None:
     judged = judge()
     needs_approval(judged) >> approve
     release(judged, approve.output)
+
+
+def _why_asked(judged) -> str:
+    """Return for people whether `approve` is skipped, and why."""
+    if judged["approval"]:
+        return f"a person is asked about version {judged['version']}: the preset has release.approval"
+    passed = "subject" in judged  # what was judged
+    return "nobody is asked: " + ("the preset has no release.approval" if passed else judged["outcome"])
 
 
 def _refusal(answer) -> str | None:

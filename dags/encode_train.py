@@ -41,7 +41,7 @@ def encode_train() -> None:
     def train(*, outlet_events=None, **context):
         from encode import plan, steps
 
-        run = resolved(context)
+        run = resolved(context, as_of=True)
         summary = run.carry_out(steps.train, plan.train, run.days.end)
         outlet_events[CANDIDATE].extra = run.facts | {"version": summary["version"]}
         return summary

@@ -127,8 +127,13 @@ def skip_where_nothing_is_new(summary: dict[str, Any], replay: bool) -> None:
         raise AirflowSkipException("the histories hold all behaviors of these days: nothing is triggered")
 
 
-def resolved(context: Any, *, days: bool = True) -> Run:
+def resolved(context: Any, *, days: bool = True, as_of: bool = False) -> Run:
     """Resolve what a run was asked for, and say it.
+
+    Args:
+        context: of the task.
+        days: whether the DAG is about days.
+        as_of: it is about all before the end of these days.
 
     Raises:
         ConfigError: a parameter or a setting is unknown, or nothing says which days are meant.
@@ -141,7 +146,10 @@ def resolved(context: Any, *, days: bool = True) -> Run:
         raise ConfigError(f"trigger: unknown parameters {', '.join(unknown)}; expected some of {', '.join(known)}")
     preset = _preset(context)
     run = Run(preset, config(context), window(context) if days else None, bool(params.get("dry_run")))
-    print(f"preset {preset}, settings {run.facts['settings'][:12]}" + (f", days {run.days.in_words()}" if days else ""))
+    told = f"preset {preset}, settings {run.facts['settings'][:12]}"
+    if run.days:
+        told += f", as of {run.days.end}: all days before it" if as_of else f", days {run.days.in_words()}"
+    print(told)
     return run
 
 

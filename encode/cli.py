@@ -167,9 +167,8 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     serve = with_step(add("serve", _serve, "serve the champion over HTTP"))
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on (default: %(default)s)")
-    serve.add_argument(
-        "--cache", type=Path, default=HOME / "serving", help="folder for snapshots (default: %(default)s)"
-    )
+    text = f"folder for snapshots (default: snapshots in --workdir, else in {HOME})"
+    serve.add_argument("--cache", type=Path, help=text.replace("%", "%%"))
     serve.add_argument(
         "--poll", type=_at_least(0.1), default=10.0, metavar="SECONDS", help="between looks for a new release"
     )
@@ -216,11 +215,11 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         "--url", required=True, help="of the serving process; the secret is read from ENCODE_WEBHOOK_SECRET"
     )
     score = with_step(add("score", _score, "score items for a user with what serves now"))
-    score.add_argument("--user", type=int, required=True, help="user id")
+    score.add_argument("--user", type=_id, required=True, help="user id")
     score.add_argument("--items", type=_ids, required=True, metavar="ID,ID,...", help="candidate item ids")
     explain = with_step(add("explain", _explain, "show a user's interests: weight, size, newest time, top items"))
-    explain.add_argument("user", type=int, help="user id")
-    explain.add_argument("--item", type=int, help="also show how much this item attends to each interest")
+    explain.add_argument("user", type=_id, help="user id")
+    explain.add_argument("--item", type=_id, help="also show how much this item attends to each interest")
 
 
 def _add_watching(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
@@ -327,13 +326,20 @@ def _share(text: str) -> float:
     return value
 
 
+def _id(text: str) -> int:
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 20 and 0 < int(digits) < 2**63):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an id: a whole number from 1 to 2^63 - 1")
+    return int(digits)
+
+
 def _ids(text: str) -> list[int]:
     try:
-        if ids := [int(part) for part in text.split(",") if part.strip()]:
-            return ids
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"found {text!r}, expected ids separated by commas, as 12,34,56")
+        return [_id(part) for part in text.split(",")]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected ids separated by commas, as 12,34,56: whole numbers above 0, none left empty"
+        ) from None
 
 
 # --- steps -------------------------------------------------------------------------------------------------
@@ -373,6 +379,11 @@ def _config(options: argparse.Namespace) -> Config:
     return load_config(options.preset)
 
 
+def _given(options: argparse.Namespace) -> tuple[Config, Places, Callable[[str], None]]:
+    """Return settings, places, and who is told of progress; what takes seconds to import comes after they are right."""
+    return _config(options), _places(options), _say(options)
+
+
 def _say(options: argparse.Namespace) -> Callable[[str], None]:
     """Progress goes to stderr when the summary is for a program to read."""
     stream = sys.stderr if options.json else sys.stdout
@@ -385,10 +396,11 @@ def _show(options: argparse.Namespace, summary: Mapping[str, Any]) -> None:
 
 
 def _run_all(options: argparse.Namespace) -> None:
+    config, places, say = _given(options)
+
     from encode import steps
     from encode.schema import Window, parse_day
 
-    config, places, say = _config(options), _places(options), _say(options)
     say(f"landing {config.name} in {places.store}")
     landed = steps.land(config, places, say, options.cache)
     window = Window(
@@ -406,9 +418,11 @@ def _run_all(options: argparse.Namespace) -> None:
 
 
 def _land(options: argparse.Namespace) -> None:
+    config, places, say = _given(options)
+
     from encode import steps
 
-    _show(options, steps.land(_config(options), _places(options), _say(options), options.cache))
+    _show(options, steps.land(config, places, say, options.cache))
 
 
 def _days(options: argparse.Namespace) -> tuple[str | None, str | None]:
@@ -420,57 +434,70 @@ def _days(options: argparse.Namespace) -> tuple[str | None, str | None]:
 
 
 def _validate(options: argparse.Namespace) -> None:
-    from encode import plan, steps
     from encode.schema import resolve_window
 
-    window = resolve_window(*_days(options))
+    window, (config, places, say) = resolve_window(*_days(options)), _given(options)
+
+    from encode import plan, steps
+
     step = plan.validate if options.dry_run else steps.validate
-    _show(options, step(_config(options), _places(options), window, _say(options)))
+    _show(options, step(config, places, window, say))
 
 
 def _replay(options: argparse.Namespace) -> None:
-    from encode import plan, steps
     from encode.schema import resolve_window
 
-    window = resolve_window(*_days(options))
+    window, (config, places, say) = resolve_window(*_days(options)), _given(options)
+
+    from encode import plan, steps
+
     step = plan.replay if options.dry_run else steps.replay
-    _show(options, step(_config(options), _places(options), window, _say(options)))
+    _show(options, step(config, places, window, say))
 
 
 def _docs(options: argparse.Namespace) -> None:
-    from encode import steps
     from encode.schema import parse_day, resolve_window
 
     day = parse_day(options.day, "day") if options.day else None
     window = resolve_window(options.start, options.end) if options.start or options.end else None
-    _show(options, steps.docs(_config(options), _places(options), options.to, day, window, _say(options)))
+    config, places, say = _given(options)
+
+    from encode import steps
+
+    _show(options, steps.docs(config, places, options.to, day, window, say))
 
 
 def _train(options: argparse.Namespace) -> None:
-    from encode import plan, steps
     from encode.schema import parse_day
 
-    as_of = parse_day(options.as_of, "--as-of")
+    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+
+    from encode import plan, steps
+
     step = plan.train if options.dry_run else steps.train
-    _show(options, step(_config(options), _places(options), as_of, _say(options)))
+    _show(options, step(config, places, as_of, say))
 
 
 def _refresh(options: argparse.Namespace) -> None:
-    from encode import plan, steps
     from encode.schema import parse_day
 
-    as_of = parse_day(options.as_of, "--as-of")
+    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+
+    from encode import plan, steps
+
     step = plan.refresh if options.dry_run else steps.refresh
-    _show(options, step(_config(options), _places(options), as_of, _say(options)))
+    _show(options, step(config, places, as_of, say))
 
 
 def _release(options: argparse.Namespace) -> None:
-    from encode import plan, steps
     from encode.errors import ConfigError
 
     if (options.refuse is None) != (options.reason is None):
         raise ConfigError("release: --refuse VERSION and --reason TEXT belong together")
-    config, places, say = _config(options), _places(options), _say(options)
+    config, places, say = _given(options)
+
+    from encode import plan, steps
+
     if options.dry_run:
         _show(options, plan.release(config, places, say))
     elif options.refuse is not None:
@@ -480,25 +507,29 @@ def _release(options: argparse.Namespace) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> None:
+    config, places, say = _given(options)
+
     from encode import plan, steps
 
-    config, places, say = _config(options), _places(options), _say(options)
     step = plan.rollback if options.dry_run else steps.rollback
     _show(options, step(config, places, say, options.to, options.reason))
 
 
 def _erase(options: argparse.Namespace) -> None:
+    config, places, say = _given(options)
+
     from encode import steps
 
     act = steps.remains if options.check else steps.erase
-    _show(options, act(_config(options), _places(options), options.users, _say(options)))
+    _show(options, act(config, places, options.users, say))
 
 
 def _prune(options: argparse.Namespace) -> None:
+    config, places, say = _given(options)
+
     from encode import steps
 
-    keep, days = options.keep_snapshots, options.older_than
-    _show(options, steps.prune(_config(options), _places(options), keep, days, options.dry_run, _say(options)))
+    _show(options, steps.prune(config, places, options.keep_snapshots, options.older_than, options.dry_run, say))
 
 
 # --- serving -----------------------------------------------------------------------------------------------
@@ -516,6 +547,8 @@ def _serve(options: argparse.Namespace) -> None:
     environment = _environment()
     hashes = read_hashes(options.keys, environment.get("ENCODE_SERVING_KEYS", ""))
     require_keys(options.host, hashes)
+    config, places, _ = _given(options)
+    cache = options.cache or (options.workdir or HOME) / "snapshots"
 
     from encode.serving.app import create_app
     from encode.serving.limits import Limits
@@ -525,9 +558,9 @@ def _serve(options: argparse.Namespace) -> None:
     from encode.serving.webhook import SECRET
 
     app = create_app(
-        _places(options),
-        _config(options).registry,
-        options.cache,
+        places,
+        config.registry,
+        cache,
         options.poll,
         options.max_age,
         limits=Limits(options.max_body, options.receive_timeout, options.max_requests, options.deadline),
@@ -541,11 +574,13 @@ def _serve(options: argparse.Namespace) -> None:
         ),
         webhook_secret=environment.get(SECRET, ""),
     )
-    with claimed(options.cache):
+    with claimed(cache):
         serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
 
 
 def _webhook(options: argparse.Namespace) -> None:
+    config, places, _ = _given(options)
+
     from encode.errors import ConfigError
     from encode.registry import Registry
     from encode.serving.webhook import PATH, SECRET
@@ -554,19 +589,26 @@ def _webhook(options: argparse.Namespace) -> None:
     if not secret:
         raise ConfigError(f"{SECRET} is not set; give the serving process and this command the same secret")
     url = options.url.rstrip("/") + PATH
-    webhook = Registry(_places(options), _config(options).registry).notify(url, secret)
+    webhook = Registry(places, config.registry).notify(url, secret)
     _show(options, {"webhook": webhook, "url": url})
 
 
 def _score(options: argparse.Namespace) -> None:
+    config, places, _ = _given(options)
+
+    from encode.errors import ConfigError, DataError
+    from encode.schema import probability_in_digits
     from encode.serving.client import score
 
-    answer = score(_places(options), _config(options).registry, options.user, options.items)
+    try:
+        answer = score(places, config.registry, options.user, options.items)
+    except DataError as error:
+        raise ConfigError(f"score: the service refuses this request: {error}") from None
     if options.json:
         print(json.dumps(answer))
         return
     for item, probability in zip(answer["item_ids"], answer["probabilities"], strict=True):
-        print(f"{item:>12}  {probability:.4f}")
+        print(f"{item:>12}  {probability_in_digits(probability):>8}")
     _print_origin(answer)
     for name, value in answer["fallbacks"].items():
         if value:
@@ -574,11 +616,13 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _explain(options: argparse.Namespace) -> None:
+    config, places, _ = _given(options)
+
     from datetime import UTC, datetime
 
     from encode.serving.client import interests
 
-    answer = interests(_places(options), _config(options).registry, options.user, options.item)
+    answer = interests(places, config.registry, options.user, options.item)
     if options.json:
         print(json.dumps(answer))
         return
@@ -597,22 +641,28 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _lineage(options: argparse.Namespace) -> None:
+    config, places, _ = _given(options)
+
     from encode.errors import ArtifactError, ConfigError
-    from encode.lineage import Lineage
-    from encode.lineage_text import tree
-    from encode.registry import Registry
+    from encode.lineage_names import named
     from encode.schema import number_of
     from encode.storage import open_storage
 
-    places = _places(options)
-    lineage = Lineage(
-        open_storage(places, writing=False), Registry(places, _config(options).registry), verify=options.verify
-    )
-    if options.what == "-" or Path(options.what).is_file():
+    storage = open_storage(places, writing=False)
+    is_score = options.what == "-" or Path(options.what).is_file()
+    if not is_score:
+        if options.what.endswith(".json"):
+            raise ConfigError(f"lineage: {options.what}: no such file")
+        named(options.what, storage.uri)
+
+    from encode.lineage import Lineage
+    from encode.lineage_text import tree
+    from encode.registry import Registry
+
+    lineage = Lineage(storage, Registry(places, config.registry), verify=options.verify)
+    if is_score:
         data = sys.stdin.buffer.read() if options.what == "-" else Path(options.what).read_bytes()
         found = lineage.of_score(data, "stdin" if options.what == "-" else options.what)
-    elif options.what.endswith(".json"):
-        raise ConfigError(f"lineage: {options.what}: no such file")
     else:
         found = lineage.trace(options.what)
     _show(options, found.as_json())
@@ -626,14 +676,17 @@ def _lineage(options: argparse.Namespace) -> None:
 
 
 def _monitor(options: argparse.Namespace) -> None:
-    from encode.monitoring.watch import Watch, lines
-    from encode.registry import Registry
     from encode.schema import parse_day
+
+    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+
+    from encode.monitoring.watch import Watch
+    from encode.monitoring.words import lines
+    from encode.registry import Registry
     from encode.storage import open_storage
 
-    as_of, config, places = parse_day(options.as_of, "--as-of"), _config(options), _places(options)
     storage, registry = open_storage(places, writing=False), Registry(places, config.registry)
-    told = Watch(storage, registry, as_of, _say(options)).look(options.score_days, config.training)
+    told = Watch(storage, registry, as_of, say).look(options.score_days, config.training)
     _show(options, told)
     if not options.json:
         print("\n".join(lines(told)))
@@ -641,23 +694,25 @@ def _monitor(options: argparse.Namespace) -> None:
 
 def _feedback(options: argparse.Namespace) -> None:
     from encode.errors import ConfigError
-    from encode.lineage import Lineage
-    from encode.monitoring.feedback import measure, plot
-    from encode.monitoring.watch import lines
-    from encode.registry import Registry
-    from encode.storage import open_storage
 
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot: found {options.plot}, expected a name that ends in .png, .svg or .pdf")
-    places = _places(options)
+    config, places, _ = _given(options)
+
+    from encode.lineage import Lineage
+    from encode.monitoring.feedback import measure, plot
+    from encode.monitoring.words import numbers
+    from encode.registry import Registry
+    from encode.storage import open_storage
+
     storage = open_storage(places, writing=False)
-    told = measure(storage, Lineage(storage, Registry(places, _config(options).registry)), options.source)
+    told = measure(storage, Lineage(storage, Registry(places, config.registry)), options.source)
     if options.plot:
         plot(told).savefig(options.plot)
     _show(options, told)
     if not options.json:
-        print("\n".join(lines({one.pop("day"): one for one in told["days"]}, depth=1)))
-        print("\n".join(lines({"whole": told["whole"], "bundles": told["bundles"]}, depth=1)))
+        print("\n".join(numbers({one.pop("day"): one for one in told["days"]})))
+        print("\n".join(numbers({"whole": told["whole"], "bundles": told["bundles"]})))
 
 
 def _print_origin(answer: Mapping[str, Any]) -> None:

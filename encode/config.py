@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from datetime import date
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -311,7 +312,8 @@ def load_config(preset: str) -> Config:
     config = _validated(preset, {"name": Path(preset).stem} | values)
     source = config.source
     if folder and source.path and not source.path.is_absolute():
-        config = config.model_copy(update={"source": source.model_copy(update={"path": folder / source.path})})
+        path = (folder / source.path.parent).resolve() / source.path.name
+        config = config.model_copy(update={"source": source.model_copy(update={"path": path})})
     return config
 
 
@@ -320,7 +322,7 @@ def _parsed(preset: str, text: str) -> Any:
     import yaml
 
     try:
-        sections, walked = [yaml.compose(text, yaml.SafeLoader)], set()
+        sections, walked = [yaml.compose(StringIO(text), yaml.SafeLoader)], set()
         while sections:
             section = sections.pop()
             if not isinstance(section, yaml.CollectionNode) or id(section) in walked:  # an alias may lead back
@@ -335,9 +337,10 @@ def _parsed(preset: str, text: str) -> Any:
                 if key.value in seen:
                     raise ConfigError(f"preset {preset}: {key.value} a second time in line {key.start_mark.line + 1}")
                 seen.add(key.value)
-        return yaml.safe_load(text)
+        return yaml.safe_load(StringIO(text))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is in no calendar
-        raise ConfigError(f"preset {preset}: not YAML: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).replace('"<file>", ', "").split())  # what StringIO is called
+        raise ConfigError(f"preset {preset}: not YAML: {told}") from None
     except RecursionError:
         raise ConfigError(f"preset {preset}: nested too deeply, expected settings as `section: ...`") from None
 

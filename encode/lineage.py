@@ -18,7 +18,8 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
-from encode.errors import ArtifactError, ConfigError, DataError
+from encode.errors import ArtifactError, DataError
+from encode.lineage_names import DAILY, OUTPUT, SHORT, named
 from encode.model.files import MODEL_FILES, digest_of_parts
 from encode.outputs import MANIFEST, Manifest, Part, read_manifest, read_part
 from encode.pointers import Pointer, read_pointer
@@ -29,12 +30,7 @@ from encode.storage import Storage
 
 _NUM_THREADS = 8
 _ALIASES = (CHAMPION, CANDIDATE)
-_OUTPUT = re.compile(r"items|(raw|behaviors|quarantine|histories|spaces|interests|models)/.+")
 _RAW_DAY = re.compile(r"raw/dt=\d{4}-\d{2}-\d{2}")
-_BUNDLE = re.compile(r"[0-9a-f]{12}")
-DAILY = ("raw", "behaviors")
-"""What lies in the store by day."""
-_SHORT = 12
 
 
 @dataclass(frozen=True)
@@ -91,23 +87,17 @@ class Lineage:
             ArtifactError: there is no such thing.
         """
         self._shown.clear()
-        name = what.removeprefix(f"{self._storage.uri}/").strip("/")
-        if name.isdigit() and len(name) < _SHORT:
+        kind, name = named(what, self._storage.uri)
+        if kind == "version":
             return self._version(self._registry.by_number(name), both=True)
-        if _BUNDLE.fullmatch(name):
+        if kind == "bundle":
             return self._bundle(name, *self.halves(name), {}, None)
-        if _OUTPUT.fullmatch(name):
+        if kind == "output":
             return self._both_ways(name)
-        if re.fullmatch(r"\d{8}-\w+", name):
-            outputs = self._outputs("interests") + self._outputs("histories")
-            found = [prefix for prefix in outputs if prefix.endswith(f"/{name}")]
-            if found:
-                return self._both_ways(found[0])
-            raise ArtifactError(f"lineage: {self._storage.uri} has no snapshot {name}")
-        raise ConfigError(
-            f"lineage: found {what!r}, expected a score (its JSON as a file, or - for stdin), a bundle id, a snapshot, "
-            "behaviors/dt=YYYY-MM-DD or raw/dt=YYYY-MM-DD, the number of a model version, or any output by its key"
-        )
+        outputs = self._outputs("interests") + self._outputs("histories")
+        if found := [prefix for prefix in outputs if prefix.endswith(f"/{name}")]:
+            return self._both_ways(found[0])
+        raise ArtifactError(f"lineage: {self._storage.uri} has no snapshot {name}")
 
     def of_score(self, data: str | bytes, where: str) -> Node:
         """Return the lineage of an answer of `POST /v1/score` or `encode score --json`.
@@ -223,7 +213,7 @@ class Lineage:
         problems = [*self._damages(prefix, manifest)]
         found = _identity(prefix, manifest)
         if expected is not None and found != expected:
-            problems.append(f"is another one now: found {found[:_SHORT]}, recorded {expected[:_SHORT]}")
+            problems.append(f"is another one now: found {found[:SHORT]}, recorded {expected[:SHORT]}")
         facts = self._facts(prefix, manifest)
         if leaf or prefix in self._shown:
             return Node(kind, prefix, facts, tuple(problems))
@@ -238,7 +228,7 @@ class Lineage:
     def _input(self, kind: str, name: str, expected: str, user: int | None) -> Node:
         if name == "erasures.json":
             return self._erasures(expected)
-        if kind in ("raw", "items") or not _OUTPUT.fullmatch(name):  # a file of the log, which is not in the store
+        if kind in ("raw", "items") or not OUTPUT.fullmatch(name):  # a file of the log, which is not in the store
             return Node("source", name, {"digest": expected})
         return self._output(name, expected, leaf=name.partition("/")[0] == kind, user=user)
 
@@ -264,7 +254,7 @@ class Lineage:
         if not self._verify:
             return Node("raw", prefix, facts)
         found = self._digest_of_owner(prefix)
-        problems = [f"is another one now: found {found[:_SHORT]}, recorded {expected[:_SHORT]}"] if expected else []
+        problems = [f"is another one now: found {found[:SHORT]}, recorded {expected[:SHORT]}"] if expected else []
         return Node("raw", prefix, facts | {"digest": found}, tuple(problems if found != expected else []))
 
     def _digest_of_owner(self, prefix: str) -> str:
@@ -356,7 +346,7 @@ class Lineage:
             if manifest is None or source not in manifest.inputs:
                 continue
             recorded = manifest.inputs[source]
-            problems = (f"was made from another {source}, {recorded[:_SHORT]}",) if now and recorded != now else ()
+            problems = (f"was made from another {source}, {recorded[:SHORT]}",) if now and recorded != now else ()
             node = self._snapshot_of(prefix) if prefix.startswith("interests/") else self._leaf(prefix, manifest)
             goes_into = self._goes_into(prefix)
             yield _serving(replace(node, problems=(*node.problems, *problems), goes_into=goes_into))

@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
 
-from encode.lineage import DAILY, Node
+from encode.lineage import Node
+from encode.lineage_names import DAILY, SHORT
 from encode.schema import canonical_json, number_of
 
 _MOST_SHOWN = 8
 """Lines of siblings."""
-_SHORT = 12
-"""Characters of a digest."""
 _DAY = re.compile(rf"({'|'.join(DAILY)})/dt=(\d{{4}}-\d{{2}}-\d{{2}})")
 
 
@@ -96,5 +95,5 @@ def _told(run: Sequence[Node]) -> str:
         words.append("more users were erased since")
     for name in ("version", "git_commit", "settings", "digest", "model", "run"):
         if facts.get(name) and (len(run) == 1 or name != "digest"):
-            words.append(f"{name.replace('git_', '')} {str(facts[name])[:_SHORT]}")
+            words.append(f"{name.replace('git_', '')} {str(facts[name])[:SHORT]}")
     return ", ".join(words)

@@ -18,10 +18,9 @@ from encode.data.histories import inputs_of
 from encode.data.partitions import published_days, validated_days
 from encode.data.raw_days import find_raw_days
 from encode.errors import DataError
-from encode.interests.snapshots import folder_of
 from encode.outputs import read_manifest
 from encode.pointers import read_base, read_pointer
-from encode.schema import Window, number_of
+from encode.schema import Window, days_in_words, number_of
 from encode.storage import Storage, open_log
 
 Say = Callable[[str], None]
@@ -63,7 +62,7 @@ def _days_to_do(config: Config, places: Places, window: Window, say: Say, *, rep
     say(
         f"dry run: {'replay' if replaying else 'validate'} {window.in_words()}: raw data of "
         f"{number_of(len(raw_days), 'day')}, "
-        f"{len(raw_days) - len(new)} of them validated before; no raw data: {_spans(missing)}"
+        f"{len(raw_days) - len(new)} of them validated before; no raw data: {days_in_words(missing)}"
     )
     if not raw_days:
         raise DataError(
@@ -75,9 +74,9 @@ def _days_to_do(config: Config, places: Places, window: Window, say: Say, *, rep
         if not replaying and (last := done[day]):
             report_of(storage, raw_days[day], config, last)  # raises what the run would
     if new:
-        say(f"dry run: would validate {_spans(new)} and write behaviors/dt=DAY and quarantine/dt=DAY")
+        say(f"dry run: would validate {days_in_words(new)} and write behaviors/dt=DAY and quarantine/dt=DAY")
     if stale:
-        say(f"dry run: data or settings changed since: would judge the quarantine of {_spans(stale)} anew")
+        say(f"dry run: data or settings changed since: would judge the quarantine of {days_in_words(stale)} anew")
     if not new and not stale:
         say("dry run: nothing to do")
     prefixes = [f"dt={day}" for day in new] + [f"dt={day}/replay-{len(published[day]):03}" for day in stale]
@@ -138,6 +137,7 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     """
     from encode.interests.extract import kernel_of
     from encode.interests.refresh import base_of
+    from encode.interests.snapshots import folder_of
     from encode.registry import Registry
 
     spaces = Registry(places, config.registry).spaces_in_use()
@@ -160,7 +160,7 @@ def refresh(config: Config, places: Places, as_of: date, say: Say = print) -> Su
     grouped = base if there else None
     say(
         f"dry run: refresh as of {as_of}: {len(wanted.days)} validated days, not in the histories yet: "
-        f"{_spans(_days(new))}" + (f"; {reason}: would group all behaviors anew" if reason else "")
+        f"{days_in_words(_days(new))}" + (f"; {reason}: would group all behaviors anew" if reason else "")
     )
     current: dict[str, str | None] = {}
     to_do = []
@@ -241,6 +241,8 @@ def rollback(
 
 def _snapshot(storage: Storage, space: str, say: Say) -> str | None:
     """Return the current snapshot of a space."""
+    from encode.interests.snapshots import folder_of
+
     pointer, _ = read_base(storage, folder_of(space), say)
     return pointer.snapshot if pointer else None
 
@@ -248,14 +250,3 @@ def _snapshot(storage: Storage, space: str, say: Say) -> str | None:
 def _days(prefixes: Iterable[str]) -> list[date]:
     """Return the days of partitions `behaviors/dt=DAY...`, each once, in order."""
     return sorted({date.fromisoformat(prefix.removeprefix("behaviors/dt=")[:10]) for prefix in prefixes})
-
-
-def _spans(days: Iterable[date]) -> str:
-    """Return days as text, those in a row as `first to last`."""
-    spans: list[list[date]] = []
-    for day in days:
-        if spans and (day - spans[-1][-1]).days == 1:
-            spans[-1] = [spans[-1][0], day]
-        else:
-            spans.append([day])
-    return ", ".join(" to ".join(map(str, span)) for span in spans) or "none"

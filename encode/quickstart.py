@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from encode import __version__, steps
 from encode.config import Config, Places, load_config
+from encode.data.sources import require_log
 from encode.errors import EncodeError
-from encode.schema import fingerprint, number_of
+from encode.schema import fingerprint, number_of, probability_in_digits
 from encode.stack import Stack, down, status, up
 from encode.stack.airflow_api import AirflowClient
 from encode.stack.home import credentials
@@ -44,14 +45,16 @@ def quickstart(preset: str, home: Path, dags: Path, ports: Mapping[str, int], sa
     After Ctrl-C or an error on the way, what this call started is stopped again.
 
     Returns:
-        "land" what the step returned; "runs" id, seconds and result by DAG, also of runs that were over before; "ran"
-        the DAGs whose runs were not; "score" the answer of serving, with those items that the user "had", "names" of
-        items, "users" of its snapshot and "metrics" of its version; "urls" by component.
+        "land" what the step returned; "runs" id, seconds, whether it was "resumed" after an interrupted try, and
+        result by DAG, also of runs that were over before; "ran" the DAGs whose runs were not; "score" the answer of
+        serving, with those items that the user "had", "names" of items, "users" of its snapshot and "metrics" of its
+        version; "urls" by component.
 
     Raises:
         EncodeError: a component does not start, or a DAG run fails; the message holds the end of its log.
     """
     config = load_config(preset)
+    require_log(config.source)
     stood = any(one.pid for one in status(home))
     began, since = time.monotonic(), time.time()
     stack = up(home, dags_folder=dags, ports=ports, say=say)
@@ -98,8 +101,9 @@ def _run_dags(
                 airflow.wait(dag, run_id, say)
                 ran.append(dag)
             result = airflow.task_result(dag, run_id, dag.removeprefix("encode_"))
-            seconds = _worked_seconds(airflow.task_instances(dag, run_id))
-            runs[dag] = {"run": run_id, "seconds": seconds, "result": result}
+            tasks = airflow.task_instances(dag, run_id)
+            resumed = any(task["try_number"] > 1 for task in tasks)
+            runs[dag] = {"run": run_id, "seconds": _worked_seconds(tasks), "resumed": resumed, "result": result}
             return run_id
 
         def follow(dag: str, source: str, run_id: str) -> str:
@@ -190,6 +194,8 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
         say(f"{'step':<10} {'seconds':>7}  what it did")
         for dag, run in summary["runs"].items():
             worked, told = f"{run['seconds']:.1f}", _told(dag, run["result"])
+            if run["resumed"]:
+                told += "; resumed: seconds of the last try"
             if dag not in summary["ran"]:
                 worked, told = "-", "done before"
             say(f"{dag.removeprefix('encode_'):<10} {worked:>7}  {told}")
@@ -202,6 +208,8 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     say("")
     say("now released and served:")
     say(f"champion   version {bundle['model_version']}  {metrics}")
+    say("           auc_seen_before: AUC of ranking by whether the user had the item before, without any model")
+    say("           auc_first_time: AUC of the model among items that the user never had before")
     users = number_of(answer["users"], "user")
     say(f"bundle     {bundle['id']}  space {bundle['space']}  snapshot {bundle['snapshot']} of {users}")
     say(f"served by  {stack.urls['serving']}")
@@ -209,7 +217,8 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
     pairs = zip(answer["item_ids"], answer["probabilities"], strict=True)
     for item, probability in sorted(pairs, key=lambda pair: -pair[1]):
         how = "had before" if item in answer["had"] else "others like it"
-        say(f"           {probability:.4f}  {how:<14}  {answer['names'].get(item) or 'item'} ({item})")
+        told = probability_in_digits(probability)
+        say(f"           {told:>8}  {how:<14}  {answer['names'].get(item) or 'item'} ({item})")
     say("")
     for name, url in stack.urls.items():
         say(f"{name:<12} {url:<24} log {stack.logs[name]}")
@@ -225,10 +234,12 @@ def _print_summary(summary: Mapping[str, Any], stack: Stack, seconds: float, say
 def _told(dag: str, result: Mapping[str, Any]) -> str:
     """Say in one line what a step returned."""
     if dag == "encode_validate":
-        return (
+        told = (
             f"{number_of(result['rows'], 'row')} of {number_of(result['days'], 'day')}: "
             f"{number_of(result['accepted'], 'behavior')}, {result['rejected']:,} in quarantine"
         )
+        before = result["unchanged"]
+        return told + (f"; {number_of(before, 'day')} validated before" if before else "")
     if dag == "encode_train":
         return f"candidate version {result['version']} in space {result['space']}, auc {result['metrics']['auc']:.4f}"
     if dag == "encode_refresh":

@@ -22,7 +22,7 @@ from encode.serving.bundle import Bundle
 MEANINGS = {
     "auc": "probability that a positive scores above a negative",
     "gauc": "the same within each user, weighted by impressions",
-    "auc_first_time": "AUC among items that the user never had before",
+    "auc_first_time": "AUC of the impressions of items that the user never had before",
     "logloss": "mean negative log likelihood, nats",
     "calibration": "mean predicted over mean observed; above 1 promises too much",
     "coverage": "share of the test days' users that the snapshot holds",
@@ -58,7 +58,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 td.code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.85rem; overflow-wrap: anywhere; }
 small { display: block; color: var(--muted); font: 0.85rem/1.3 system-ui, "DejaVu Sans", sans-serif; }
 .passed { color: var(--good); } .missed { color: var(--bad); font-weight: 600; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 16px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 16px; }
 figure { max-width: 520px; } figcaption { font-weight: 600; font-size: 0.9rem; }
 svg { width: 100%; height: auto; }
 svg text { fill: var(--muted); font-size: 11.5px; } svg .turned { transform: rotate(-90deg); transform-box: fill-box;
@@ -70,6 +70,9 @@ polyline.perfect { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 4 4;
 .key::before { content: ""; display: inline-block; width: 12px; height: 3px; margin: 0 6px 4px 0;
   background: var(--key); }
 .key { margin-right: 16px; }
+.note { font-size: 0.85rem; margin-top: 10px; }
+@media (max-width: 600px) { body { padding: 8px; } section { padding: 10px; } table { font-size: 0.85rem; }
+  td.limit { white-space: normal; } th, td { padding-right: 6px; } td.code:first-child { min-width: 7.5em; } }
 """
 
 
@@ -147,7 +150,7 @@ def to_html(title: str, gates: Sequence[Gate], candidate: Side, champion: Side |
 <h1>{escape(title)} version {number} <span class="{"missed" if missed else "passed"}">{verdict}</span></h1>
 <p>Measured on {metrics["impressions"]:,.0f} impressions ({metrics["positives"]:,.0f} positive) of {test}, {beside}.</p>
 <p>{shown}</p></header>
-<section><h2>Gates</h2>{_gates_table(gates)}</section>
+<section><h2>Gates</h2>{_gates_table(gates)}{_seen_before(metrics)}</section>
 <section><h2>On the test days</h2>{_plots(candidate, champion)}</section>
 <section><h2>What changed</h2>{_changes_table(changes(candidate, champion))}</section>
 </body></html>
@@ -161,12 +164,21 @@ def _gates_table(gates: Sequence[Gate]) -> str:
         cells = [
             f'<td class="code">{gate.name}<small>{MEANINGS[gate.name]}</small></td>',
             f'<td class="number">{gate.value:.4g}</td>',
-            f'<td class="number">{_number(gate.champion)}</td><td class="number">{escape(gate.limit)}</td>',
+            f'<td class="number">{_number(gate.champion)}</td><td class="number limit">{escape(gate.limit)}</td>',
             f'<td class="{said[0]}">{said[1]}</td>',
         ]
         rows.append("".join(cells))
     head = '<th>gate</th><th class="number">value</th><th class="number">champion</th><th class="number">limit</th>'
     return _table(head + "<th></th>", rows)
+
+
+def _seen_before(metrics: Mapping[str, float]) -> str:
+    return (
+        '<p class="note">Seen before: the user had the item earlier than the impression; first time: not. '
+        f"<code>auc_seen_before</code> is {metrics['auc_seen_before']:.4g}: the AUC of ranking by that alone, without "
+        "any model. It is what habit explains of <code>auc</code>, and no AUC among items seen before; "
+        "<code>auc_first_time</code> is what the model knows beyond habit.</p>"
+    )
 
 
 def _changes_table(changed: Sequence[tuple[str, str, str]]) -> str:
@@ -196,10 +208,12 @@ def _plots(candidate: Side, champion: Side | None) -> str:
     ]
     highest = max(float(np.nanmax(side.probabilities, initial=0.0)) for side in sides.values()) or 1.0
     scores = [Line(name, _distribution(side.probabilities, highest), dots=False) for name, side in sides.items()]
-    moved = ""
+    moved = note = ""
     if champion:
         moved = f", PSI {shift(candidate.measured.probabilities, champion.measured.probabilities):.3f}"
-    keys = "".join(f'<span class="key" style="--key: var(--{name})">{name}</span>' for name in reversed(sides))
+        note = '<p class="note">PSI: how far the scores moved from the champion\'s; by custom above 0.25 is much.</p>'
+    colors = {name: name for name in reversed(sides)} | {"perfectly calibrated (dashed)": "muted"}
+    keys = "".join(f'<span class="key" style="--key: var(--{color})">{name}</span>' for name, color in colors.items())
     drawn = [
         plot(
             "Reliability",
@@ -210,7 +224,7 @@ def _plots(candidate: Side, champion: Side | None) -> str:
         plot("AUC by length of the history", "behaviors (upper end of a tenth)", "AUC", lengths, log=True),
         plot(f"Distribution of scores{moved}", "probability", "share of impressions", scores),
     ]
-    return f'<p>{keys}</p><div class="plots">{"".join(drawn)}</div>'
+    return f'<p>{keys}</p><div class="plots">{"".join(drawn)}</div>{note}'
 
 
 def _distribution(probabilities: Floats, highest: float) -> list[tuple[float, float]]:

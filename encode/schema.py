@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -108,6 +108,13 @@ def number_of(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def probability_in_digits(value: float) -> str:
+    """Return a probability with four digits; `> 0.9999` and `< 0.0001` where these would make it certain."""
+    if value > 0.9999:
+        return "> 0.9999"
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
 # --- days ------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +204,19 @@ def day_start(day: date) -> int:
 def day_of(timestamp: int) -> date:
     """Return the UTC day of a timestamp in seconds."""
     return datetime.fromtimestamp(timestamp, UTC).date()
+
+
+def days_in_words(days: Iterable[date], most: int = 5) -> str:
+    """Return ascending days as text, those in a row as `first to last`; of many such rows the first few."""
+    rows: list[list[date]] = []
+    for day in days:
+        if rows and (day - rows[-1][-1]).days == 1:
+            rows[-1].append(day)
+        else:
+            rows.append([day])
+    told = ", ".join(" to ".join(dict.fromkeys(map(str, (row[0], row[-1])))) for row in rows[:most]) or "none"
+    more = sum(map(len, rows[most:]))
+    return f"{told} and {number_of(more, 'day')} more" if more else told
 
 
 # --- identity ----------------------------------------------------------------------------------------------

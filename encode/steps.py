@@ -62,7 +62,9 @@ def land(config: Config, places: Places, say: Say = print, cache: Path | None = 
         DataError: the log cannot be read, or a day was landed from another log.
     """
     from encode.data.landing import land as land_log
+    from encode.data.sources import require_log
 
+    require_log(config.source)
     report = land_log(open_log(places, config.name), config.source, cache=cache, say=say)
     return report.summary()
 

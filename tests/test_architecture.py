@@ -19,7 +19,7 @@ MODULES = {
 }
 
 LAYERS = [
-    ["encode", "encode.errors", "encode.pages"],
+    ["encode", "encode.errors", "encode.lineage_names", "encode.pages"],
     ["encode.config", "encode.compiled", "encode.distributed"],
     ["encode.schema"],
     ["encode.storage"],

@@ -14,6 +14,7 @@ from encode.config import Places, RegistryConfig
 from encode.errors import ArtifactError
 from encode.quickstart import _told
 from encode.registry import Registry
+from encode.stack.home import make_folder, open_state
 
 SMALL = Path(__file__).parent / "samples" / "small.yaml"
 
@@ -67,8 +68,15 @@ def test_score_and_explain_read_the_same_folder(workdir):
     assert (
         encode("score", "--user", 1, "--items", "5", *options, cwd=folder)
         .stdout.splitlines()[0]
-        .startswith(" " * 11 + "5  0.")
+        .startswith(" " * 11 + "5    0.")
     )
+
+
+def test_what_serves_may_refuse_a_request_and_that_is_wrong_usage(workdir):
+    items, folder = ",".join(map(str, range(1, 5_002))), workdir[0]
+    done = encode(*("score", "--user", 1, "--items", items, "--preset", "tiny", "--workdir", folder / "a"), cwd=folder)
+    assert done.returncode == 2
+    assert "error: score: the service refuses this request: item_ids: List should have at most 5000" in done.stderr
 
 
 def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
@@ -108,6 +116,12 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["score", "--user", "1", "--items", "a,b"], 2, "expected ids separated by commas"),
         (["lineage", "score.json", "--workdir", "x"], 2, "lineage: score.json: no such file"),
         (["score", "--user", "1", "--items", ","], 2, "expected ids separated by commas"),
+        (["score", "--user", "1", "--items", "1,,2"], 2, "found '1,,2', expected ids separated by commas"),
+        (["score", "--user", "1", "--items", "0"], 2, "whole numbers above 0, none left empty"),
+        (["score", "--user", "1", "--items", str(2**63)], 2, "expected ids separated by commas"),
+        (["score", "--user", "-1", "--items", "2"], 2, "argument --user: found '-1', expected an id"),
+        (["explain", "0"], 2, "argument user: found '0', expected an id: a whole number from 1 to 2^63 - 1"),
+        (["lineage", "foo", "--workdir", "x"], 2, "lineage: found 'foo', expected a score"),
         (
             ["score", "--user", "1", "--items", "2", "--workdir", "x"],
             1,
@@ -122,6 +136,38 @@ def test_a_users_mistake_gets_one_clear_line_and_no_traceback(tmp_path, argument
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+REFUSED = [
+    ["release", "--preset", "bad"],
+    ["validate"],
+    ["validate", "--start", "2024-01-01", "--preset", "bad"],
+    ["train", "--as-of", "soon"],
+    ["refresh", "--as-of", "2024-01-01", "--workdir", "mistyped", "--dry-run"],
+    ["rollback", "--dry-run"],
+    ["prune", "--dry-run"],
+    ["erase", "1"],
+    ["lineage", "foo"],
+    ["lineage", "foo", "--workdir", "x"],
+    ["monitor", "--as-of", "soon"],
+    ["feedback", "--preset", "bad"],
+    ["score", "--user", "1", "--items", "2"],
+    ["serve", "--preset", "bad"],
+    ["webhook", "--url", "http://127.0.0.1:1", "--preset", "bad"],
+    ["quickstart", "--preset", "bad"],
+]
+
+
+def test_what_is_wrong_with_options_is_said_before_anything_slow_is_imported(tmp_path):
+    (tmp_path / "x" / "store").mkdir(parents=True)
+    code = (
+        "import json, sys\nfrom encode import cli\nends = [cli.main(one) for one in json.loads(sys.argv[1])]\n"
+        "print(json.dumps([ends, sorted({'mlflow', 'torch', 'boto3', 'great_expectations'} & {*sys.modules})]))"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ENCODE_")}
+    command = [sys.executable, "-c", code, json.dumps(REFUSED)]
+    done = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[2] * len(REFUSED), []], done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["explain", "1"], ["monitor", "--as-of", "2024-01-01"], ["lineage", "1"]])
@@ -169,6 +215,33 @@ def test_a_broken_file_is_refused_by_name(tmp_path):
     assert done.returncode == 1
     assert "log.parquet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_made_for_a_log_that_is_not_there(tmp_path):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "mine.yaml").write_text("source: {reader: parquet, path: ../logs/log.parquet}")
+    done = encode("run", "--preset", "presets/mine.yaml", "--workdir", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"error: {tmp_path}/logs/log.parquet: no such file or folder; set source.path to the log" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["presets"]
+
+
+def test_a_stack_can_be_started_beside_what_serves_by_hand(tmp_path):
+    command = [sys.executable, "-m", "encode.cli", "serve", "--port", "0"]
+    environment = {**os.environ, "ENCODE_HOME": str(tmp_path / "home"), "ENCODE_STORE": str(tmp_path / "store")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.rglob("lock")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("lock")] == ["home/snapshots/lock"]
+    finally:
+        process.kill()
+        process.wait()
+    make_folder(tmp_path / "home")
+    assert open_state(tmp_path / "home").entries == {}
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_finishes(tmp_path):

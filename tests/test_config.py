@@ -24,6 +24,8 @@ def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp
     config = load_config(write(tmp_path, "source: {reader: taobao, path: UserBehavior.csv}"))
     assert config.name == "mine"
     assert config.source.path == tmp_path / "UserBehavior.csv"
+    for path, found in (("../log", tmp_path.parent / "log"), (".", tmp_path), ("/log", Path("/log"))):
+        assert load_config(write(tmp_path, f"source: {{path: {path}}}")).source.path == found
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,8 @@ def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp
         ("a: &x [1, *x]", "a: unknown key"),
         ("source: {earliest: 2024-13-45}", "not YAML: month must be in 1..12"),
         ("? [1, 2]\n: 3\n? [1, 2]\n: 4", "mine.yaml"),
-        ("a: [", "not YAML"),
+        ("a: !x 1", r"mine\.yaml: not YAML: could not determine a constructor .* in line 1, column 4$"),
+        ("a: [", r"mine\.yaml: not YAML: while parsing a flow node .* in line 1, column 5$"),
         ("source: {reader: csv}", "source.reader: Input should be 'parquet'"),
     ],
 )

@@ -10,7 +10,7 @@ from encode.stack.processes import ProcessRecord
 
 DAGS = ("encode_validate", "encode_train", "encode_refresh", "encode_release")
 RESULTS = {
-    "encode_validate": {"rows": 1, "days": 1, "accepted": 1, "rejected": 0},
+    "encode_validate": {"rows": 1, "days": 1, "accepted": 1, "rejected": 0, "unchanged": 0},
     "encode_train": {"version": "1", "space": "space-one", "metrics": {"auc": 0.8}},
     "encode_refresh": {"users": 1, "snapshots": {"space-one": "snapshot-one"}},
     "encode_release": {"outcome": "released", "version": "1", "bundle": "bundle-one", "served_by": "http://old"},
@@ -18,10 +18,12 @@ RESULTS = {
 METRICS = dict.fromkeys(("auc", "auc_seen_before", "auc_first_time", "gauc", "logloss", "calibration"), 0.5)
 
 
-def printed(ran):
+def printed(ran, resumed=()):
     """What is printed where version 2 serves at another address than version 1 did."""
     summary = {
-        "runs": {dag: {"run": "r", "seconds": 12.34, "result": RESULTS[dag]} for dag in DAGS},
+        "runs": {
+            dag: {"run": "r", "seconds": 12.34, "resumed": dag in resumed, "result": RESULTS[dag]} for dag in DAGS
+        },
         "ran": ran,
         "score": {
             "user_id": 7,
@@ -56,12 +58,23 @@ def test_only_a_run_that_ended_in_this_call_is_told_of():
     assert "nothing was left" not in "\n".join(lines)
 
 
-def test_scores_are_ranked_and_told_apart_by_their_digits():
+def test_seconds_of_a_resumed_run_are_said_to_be_of_its_last_try():
+    lines = printed(["encode_train", "encode_refresh"], ["encode_train", "encode_validate"]).splitlines()
+    assert [line.split()[0] for line in lines if "resumed: seconds of the last try" in line] == ["train"]
+
+
+def test_what_the_measures_of_first_and_later_times_mean_is_said_below_them():
+    lines = printed([]).splitlines()
+    (place,) = (place for place, line in enumerate(lines) if line.startswith("champion   version 2  auc"))
+    assert [line.split()[0] for line in lines[place + 1 : place + 3]] == ["auc_seen_before:", "auc_first_time:"]
+
+
+def test_scores_are_ranked_and_none_is_told_as_certain():
     lines = printed([]).splitlines()
     first = lines.index("score      user 7") + 1
-    assert [line.split(maxsplit=1) for line in lines[first : first + 2]] == [
-        ["1.0000", "had before      milk (20)"],
-        ["0.0001", "others like it  item (10)"],
+    assert [line.strip() for line in lines[first : first + 2]] == [
+        "> 0.9999  had before      milk (20)",
+        "0.0001  others like it  item (10)",
     ]
 
 
@@ -73,6 +86,11 @@ def test_scores_are_ranked_and_told_apart_by_their_digits():
             "encode_validate",
             {"rows": 3000, "days": 2, "accepted": 2999, "rejected": 1},
             "3,000 rows of 2 days: 2,999 behaviors, 1 in quarantine",
+        ),
+        (
+            "encode_validate",
+            {"rows": 3000, "days": 2, "accepted": 2999, "rejected": 1, "unchanged": 1},
+            "3,000 rows of 2 days: 2,999 behaviors, 1 in quarantine; 1 day validated before",
         ),
         ("encode_refresh", {}, "1 user, snapshot snapshot-one"),
         ("encode_refresh", {"users": 0}, "0 users, snapshot snapshot-one"),

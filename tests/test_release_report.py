@@ -18,7 +18,7 @@ from encode.release_report import MEANINGS, Side, changes, shift, to_html, to_ma
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 2, 400)
 LENGTHS = RANDOM.integers(0, 3000, 400)
-METRICS = {"impressions": 400.0, "positives": 200.0, **MEASURED}
+METRICS = {"impressions": 400.0, "positives": 200.0, "auc_seen_before": 0.752, **MEASURED}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def test_the_page_says_who_passed_and_shows_each_gate_beside_the_champion(side):
     assert rows["auc"][:4] == ["0.8", "0.79", ">= 0.6", "passed"]
     assert rows["auc_over_champion"][:4] == ["0.01", "", ">= -0.002", "passed"]
     assert set(MEANINGS) <= set(rows)
+    assert "<code>auc_seen_before</code> is 0.752: the AUC of ranking by that alone, without any model" in text
 
 
 def test_the_page_of_a_refused_candidate_says_which_gates_it_missed(side):

@@ -1,12 +1,23 @@
 """Days, ids and fingerprints."""
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
 import pytest
 
 from encode.errors import ConfigError
-from encode.schema import Window, bucket_of, canonical_json, day_of, day_start, fingerprint, number_of, resolve_window
+from encode.schema import (
+    Window,
+    bucket_of,
+    canonical_json,
+    day_of,
+    day_start,
+    days_in_words,
+    fingerprint,
+    number_of,
+    probability_in_digits,
+    resolve_window,
+)
 
 
 def at(day, hour=0):
@@ -77,3 +88,18 @@ def test_days_in_words_end_with_their_last_and_counts_agree_with_their_noun():
     assert Window(date(2024, 2, 28), date(2024, 3, 1)).in_words() == "2024-02-28 to 2024-02-29 (2 days)"
     assert Window(date(2024, 2, 29), date(2024, 3, 1)).in_words() == "2024-02-29"
     assert [number_of(count, "raw row") for count in (0, 1, 2_000)] == ["0 raw rows", "1 raw row", "2,000 raw rows"]
+
+
+def test_days_in_a_row_are_told_by_the_first_and_the_last_and_of_many_rows_the_first_five():
+    day = date(2024, 2, 28)
+    assert days_in_words([]) == "none"
+    assert days_in_words([day]) == "2024-02-28"
+    three = [day + timedelta(offset) for offset in (0, 1, 2, 4)]
+    assert days_in_words(three) == "2024-02-28 to 2024-03-01, 2024-03-03"
+    many = [date(2024, 1, day) for day in (1, 3, 5, 7, 9, 11, 12, 14)]
+    assert days_in_words(many) == "2024-01-01, 2024-01-03, 2024-01-05, 2024-01-07, 2024-01-09 and 3 days more"
+
+
+def test_no_probability_is_told_as_certain():
+    told = [probability_in_digits(value) for value in (1.0, 0.99991, 0.9999, 0.0521, 0.0001, 0.00004)]
+    assert told == ["> 0.9999", "> 0.9999", "0.9999", "0.0521", "0.0001", "< 0.0001"]

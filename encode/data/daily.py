@@ -247,7 +247,8 @@ def _refusal(profile: Profile, judgment: Judgment, config: Config) -> str | None
     limit = config.validation.max_rejected_share
     rows, rejected = profile.raw_rows, profile.raw_rows - profile.rows
     if _too_many_rejected(profile, config):
-        named = ", ".join(f"{reason} {count}" for reason, count in sorted(profile.reasons.items(), key=lambda r: -r[1]))
+        by_count = sorted(profile.reasons.items(), key=lambda r: -r[1])
+        named = ", ".join(f"{reason} {count:,}" for reason, count in by_count)
         problems.append(
             f"{rejected:,} of {number_of(rows, 'row')} rejected ({rejected / rows:.2%}; {named}), "
             f"expected at most {limit:.2%}"

@@ -31,7 +31,9 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;max-width:1130px}
 body{padding:24px}
 h1{font-size:22px;margin:0 0 4px}h2{font-size:15px;margin:18px 0 2px}h2 small{font-weight:400;color:var(--soft)}
-p{margin:0 0 8px;color:var(--soft)}svg{display:block;width:100%;height:auto;background:var(--card);border-radius:6px}
+p{margin:0 0 8px;color:var(--soft)}.panel{overflow-x:auto}
+svg{display:block;width:100%;min-width:900px;height:auto;background:var(--card);border-radius:6px}
+@media (max-width:600px){body{padding:12px}}
 text{font:12px system-ui,sans-serif;fill:var(--soft)}.grid{stroke:var(--grid)}.band{fill:var(--band)}
 .line{fill:none;stroke:var(--line);stroke-width:1.4;stroke-linejoin:round}.dot{fill:var(--line)}
 .bad{fill:var(--bad)}.refused{stroke:var(--bad);stroke-width:2}.out{fill:var(--bad)}
@@ -61,7 +63,10 @@ def index_page(lines: Sequence[DayLine], uri: str) -> str:
     """Return the index over one day or more, oldest first."""
     first, last = lines[0].day, lines[-1].day
     warned = [line for line in lines if line.warnings or line.refusal]
-    panels = "".join(f"<h2>{title} <small>{about}</small></h2>{_panel(name, lines)}" for name, title, about in _PANELS)
+    panels = "".join(
+        f"<h2>{title} <small>{about}</small></h2><div class=panel>{_panel(name, lines)}</div>"
+        for name, title, about in _PANELS
+    )
     rows = "".join(_row(line) for line in reversed(warned)) or "<tr><td>none</td></tr>"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Validated days</title>'

@@ -32,6 +32,7 @@ from encode.pages import POLICY
 from encode.schema import SECONDS_PER_DAY, day_start, number_of
 
 _MEASURE = "expect_measure_to_be_between"
+_BOUNDS = ("min_value", "max_value")
 _SECTIONS = """{% for section in sections %}{% set section_loop = loop %}{% include "section.j2" %}{% endfor %}"""
 """Of a page of Great Expectations only this: around it are links, controls and files of a site that is not there."""
 _STYLE = """
@@ -46,9 +47,11 @@ table{border-collapse:collapse;margin:8px 0}
 td,th{border:1px solid var(--rule);padding:4px 10px;text-align:left;vertical-align:top}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 .alert{background:var(--head);padding:6px 10px;margin-top:14px}
-.badge{border:1px solid var(--rule);border-radius:3px;padding:0 4px}
+.badge{border:1px solid var(--rule);border-radius:3px;padding:0 4px;white-space:nowrap}
 td:first-child .text-success:before{content:"\\2713";color:var(--good)}
 td:first-child .text-danger:before,td:first-child .text-warning:before{content:"\\2717";color:var(--bad)}
+@media (max-width:600px){body{padding:12px}td,th{padding:3px 6px}.badge{white-space:normal}
+td:nth-child(2),td td{overflow-wrap:anywhere}.number{overflow-wrap:normal}}
 """
 _DOES = {
     "critical": "refuses the day",
@@ -250,12 +253,14 @@ def _describe(one: Any) -> str:
     if settings.type == _MEASURE:
         return _describe_measure(settings.kwargs)
     kwargs = {k: v for k, v in settings.kwargs.items() if k not in ("batch_id", "row_condition", "condition_parser")}
-    expected = ", ".join(f"{key} {value}" for key, value in sorted(kwargs.items()) if key != "column")
+    column = kwargs.pop("column", "rows")
+    bounds = {k: _bound(v, column) for k, v in kwargs.items() if k in _BOUNDS}
+    expected = ", ".join(f"{key} {value}" for key, value in sorted((kwargs | bounds).items()))
     if "observed_value" in result:
-        found = f"found {result['observed_value']}"
+        found = f"found {result['observed_value']:,}"
     else:
-        found = f"{result['unexpected_count']} of {result['element_count']} rows are not so"
-    return f"{settings.type}({kwargs.get('column', 'rows')}): {found}, expected {expected}"
+        found = f"{result['unexpected_count']:,} of {number_of(result['element_count'], 'row')} are not so"
+    return f"{settings.type}({column}): {found}, expected {expected}"
 
 
 def _to_json(day: date, result: Any) -> bytes:
@@ -271,6 +276,23 @@ def _describe_measure(measured: dict[str, Any]) -> str:
     usual = f"at most {high}" if low == "" else f"{low} to {high}"
     named = f" ({', '.join(measured['named'])})" if measured.get("named") else ""
     return f"{measured['measure']}: found {_number(measured['observed'])}{named}, usually {usual}"
+
+
+def _bound(value: float, column: str | None) -> str:
+    """Return an end of a range, for Great Expectations a float, as what it is: a time, else a count or id."""
+    return _value(value, column) if column == "timestamp" else f"{int(value):,}"
+
+
+def _value(value: Any, column: str | None) -> Any:
+    """Return a value of a column as it is in the log, a time also as a date; what is no whole number stays as it is."""
+    if not isinstance(value, int | float) or value != value // 1:
+        return value
+    if column != "timestamp":
+        return str(int(value))
+    try:
+        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC ({int(value)})"
+    except (OverflowError, ValueError, OSError):  # no year from 1 to 9999
+        return str(int(value))
 
 
 def _number(value: float | None) -> str:
@@ -357,14 +379,14 @@ def _compared(measures: Sequence[Measure], compared_with: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first row is its head; what looks like a number stands to the right."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = ("".join(_cell(cell) for cell in row) for row in rows[1:])
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
-
-
-def _cell(text: str) -> str:
-    return f"<td{' class=number' if text[:1].isdigit() or text[:1] == '-' else ''}>{escape(text)}</td>"
+    """Return a table whose first row is its head; columns of what looks like numbers stand to the right."""
+    numbers = [all(text == "" or text[0] in "-0123456789" for text in column[1:]) for column in zip(*rows, strict=True)]
+    kinds = [" class=number" if is_number else "" for is_number in numbers]
+    lines = (
+        "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, row, strict=True))
+        for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)
+    )
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _sections(result: Any) -> str:
@@ -379,6 +401,37 @@ def _sections(result: Any) -> str:
     for one in result.results:
         if one.expectation_config.type == "expect_column_values_to_not_be_null":
             one.result.update(partial_unexpected_list=[], partial_unexpected_counts=[])  # else a line `nan` each
+        _reword_values(one)
     document = renderer.render(result).to_json_dict()
+    for sentence in _sentences(document):
+        _reword(sentence)
     html: str = _view().env.from_string(_SECTIONS).render(sections=document["sections"][1:-1])
     return html
+
+
+def _reword_values(one: Any) -> None:
+    """Write the counts and sampled values of a result as people read them; its JSON was made before."""
+    found, column = one.result, one.expectation_config.kwargs.get("column")
+    if "observed_value" in found:
+        found["observed_value"] = f"{found['observed_value']:,}"
+    found["partial_unexpected_list"] = [_value(value, column) for value in found.get("partial_unexpected_list", ())]
+    for count in found.get("partial_unexpected_counts", ()):
+        count["value"] = _value(count["value"], column)
+
+
+def _reword(sentence: dict[str, Any]) -> None:
+    """Write the bounds and counts of a sentence as people read them."""
+    sentence["template"] = sentence["template"].replace("_pct % of the time", "_pct% of the rows")
+    words = sentence.get("params", {})
+    words |= {end: _bound(words[end], words.get("column")) for end in _BOUNDS if words.get(end) is not None}
+    for count in ("unexpected_count", "element_count"):
+        if count in words:  # as digits, perhaps in groups of some locale
+            words[count] = f"{int(re.sub(r'[^0-9]', '', words[count])):,}"
+
+
+def _sentences(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield all sentences of a page of Great Expectations, with their parameters."""
+    if isinstance(part, dict) and isinstance(part.get("template"), str):
+        yield part
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from _sentences(inner)

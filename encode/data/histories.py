@@ -143,7 +143,8 @@ def read_histories(
     rows = sum(int(manifest.counts["rows"]) for manifest in found.values())
     erased = erased_users(storage)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        say(f"reading {number_of(rows, 'behavior')} of {number_of(len(found), 'partition')}")
+        days = sorted({prefix.removeprefix("behaviors/dt=")[:10] for prefix in found})
+        say(f"reading {number_of(rows, 'behavior')} of {number_of(len(found), 'partition')}, {days[0]} to {days[-1]}")
         tables = pool.map(lambda item: _read_day(storage, *item), found.items())
         table = pa.concat_tables([table for day in tables for table in day])
     if len(erased):

@@ -13,7 +13,7 @@ from encode.config import Config
 from encode.data.raw_days import RawDay, read_raw_day
 from encode.data.readers import RAW_COLUMNS, RawBatch
 from encode.data.verdicts import REASONS, Verdict, count_reasons, duplicates, judge, to_quarantine
-from encode.schema import QUARANTINE
+from encode.schema import QUARANTINE, number_of
 from encode.storage import Storage
 
 COLUMNS = ("user_id", "item_id", "category_id", "timestamp")
@@ -111,9 +111,10 @@ def _mixed_units(batches: Sequence[RawBatch], verdicts: Sequence[Verdict]) -> li
     for raw, verdict in zip(batches, verdicts, strict=True):
         counts = np.bincount(verdict.reason, minlength=len(REASONS))
         by_file[raw.file] = by_file.get(raw.file, 0) + counts
-    lines = []
+    lines, looks = [], "timestamp_looks_like_"
     for file, counts in by_file.items():
-        odd = {r: int(n) for r, n in zip(REASONS, counts, strict=True) if n and r.startswith("timestamp_looks_like_")}
+        named = zip(REASONS, counts, strict=True)
+        odd = [f"{n:,} look like {reason.removeprefix(looks)}" for reason, n in named if n and reason.startswith(looks)]
         if odd and counts[0]:
-            lines.append(f"{file}: mixed time units: {counts[0]} rows fit, others do not: {odd}")
+            lines.append(f"{file}: mixed time units: {number_of(int(counts[0]), 'row')} fit, {', '.join(odd)}")
     return lines

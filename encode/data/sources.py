@@ -14,6 +14,7 @@ from encode.config import SourceConfig
 from encode.data.complete_journey import DIGESTS, default_cache, find_tables, read_complete_journey, read_items
 from encode.data.generate import generate
 from encode.data.readers import RawBatch, path_of, raw_files, read_raw
+from encode.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,18 @@ def open_log(source: SourceConfig, cache: Path | None = None) -> RawLog:
     root = path if path.is_dir() else path.parent
     inputs = {str(file.relative_to(root)): _digest(file) for file in raw_files(source, path)}
     return RawLog(inputs, lambda: read_raw(source, path), lambda: None)
+
+
+def require_log(source: SourceConfig) -> None:
+    """See that there is a log at all, before anything is made for it. Nothing of it is read, nothing fetched.
+
+    Raises:
+        DataError, ConfigError: there is no such log, or no path is set.
+    """
+    if source.reader == "complete-journey" and source.path and not source.path.exists():
+        raise DataError(f"{source.path}: no such file or folder; set source.path to the wheel, or leave it out")
+    if source.reader not in ("complete-journey", "generated"):
+        raw_files(source, path_of(source))
 
 
 def _digest(file: Path) -> str:

@@ -17,14 +17,13 @@ from encode.data.raw_days import find_raw_days
 from encode.data.replay import replay_raw_day
 from encode.errors import DataError, QualityError
 from encode.outputs import Manifest, read_manifest
-from encode.schema import Window, number_of
+from encode.schema import Window, days_in_words, number_of
 from encode.storage import Storage
 
 MAX_REFUSED_DAYS = 3
 """After so many refused days the rest is not tried: the cause is most likely the same."""
 _SAME = "neither the raw data nor the settings of these days changed since they were validated"
 _STILL_BAD = "no row in quarantine is good by now"
-_MOST_NAMED = 5
 _NUM_THREADS = 8
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -104,9 +103,7 @@ def _run(
     say(f"{number_of(len(to_do), 'day')} to {'replay' if replay else 'validate'}, {len(same)} validated before")
     missing = [day for day in window.days() if day not in raw_days]
     if missing:
-        named = ", ".join(map(str, missing[:_MOST_NAMED]))
-        more = f" and {len(missing) - _MOST_NAMED:,} more" if len(missing) > _MOST_NAMED else ""
-        say(f"no raw data for {number_of(len(missing), 'day')}: {named}{more}")
+        say(f"no raw data for {number_of(len(missing), 'day')}: {days_in_words(missing)}")
     refused: list[str] = []
     progress = _Progress(len(to_do), say)
     for raw in to_do:

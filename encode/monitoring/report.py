@@ -25,7 +25,7 @@ from encode.model.space import Space
 from encode.monitoring.charts import bars
 from encode.monitoring.drift import Shift, kept_share, shifts
 from encode.monitoring.sample import Sample, read_sample
-from encode.monitoring.stability import counts_of
+from encode.monitoring.stability import MUCH, SOME, counts_of, verdict
 from encode.monitoring.style import STYLE
 from encode.outputs import Manifest, read_manifest
 from encode.pages import POLICY
@@ -36,8 +36,6 @@ from encode.storage import LostRace, Storage
 REPORT = "report.html"
 _EXAMPLES, _INTERESTS_SHOWN, _ITEMS_SHOWN = 6, 5, 3
 _GAPS_SHOWN = 5
-SOME, MUCH = 0.1, 0.25
-"""PSI from which something has moved, and has moved much."""
 _LENGTHS = (3, 10, 30, 100, 300, 1_000, 3_000, 10_000)
 _AGES = (1, 7, 30, 90)
 _SHARES = tuple(tenth / 10 for tenth in range(1, 10))
@@ -168,10 +166,10 @@ def _charts(now: Drawn, before: Drawn | None) -> str:
     step = -(-most // 16)
     interests = tuple(range(step + 1, most + 1, step))
     charts: list[tuple[str, list[str], Callable[[Drawn], tuple[Any, Sequence[float]]]]] = [
-        ("Behaviors a user, from", _names(_LENGTHS), lambda one: (one.sample.num_behaviors, _LENGTHS)),
-        ("Interests a user, from", _names(interests), lambda one: (one.sample.num_interests, interests)),
-        ("Share of the largest interest, from", _TENTHS, lambda one: (one.sample.largest_share, _SHARES)),
-        ("Days since the newest one, from", ["0", *map(str, _AGES)], lambda one: (_ages(one), _AGES)),
+        ("Behaviors a user", _names(_LENGTHS), lambda one: (one.sample.num_behaviors, _LENGTHS)),
+        ("Interests a user", _names(interests), lambda one: (one.sample.num_interests, interests)),
+        ("Share of the largest interest", _TENTHS, lambda one: (one.sample.largest_share, _SHARES)),
+        ("Days since the newest behavior", ["0", *map(str, _AGES)], lambda one: (_ages(one), _AGES)),
     ]
     drawn = [
         bars(name, labels, _shares(*pick(now)), _shares(*pick(before)) if before else None)
@@ -183,9 +181,11 @@ def _charts(now: Drawn, before: Drawn | None) -> str:
     names = [str(rank + 1) for rank in range(longest)]
     drawn.append(bars("Behaviors by rank of interest", names, mass[0], mass[1] if before else None))
     sample = now.sample
-    line = f"; lines: the snapshot before, <code>{escape(before.name)}</code>" if before else ""
+    line = f'; <i class="key line"></i>the snapshot before, <code>{escape(before.name)}</code>' if before else ""
     return (
-        f"<section><h2>Users</h2><p>Shares of {_drawn(sample, now.manifest)}{line}.</p>"
+        f'<section><h2>Users</h2><p><i class="key"></i>Shares of {_drawn(sample, now.manifest)}{line}.</p>'
+        "<p class=note>A bar counts the users from the value below it up to that of the next bar; in the last chart, "
+        "all behaviors by the rank of their interest with the user, 1 the largest.</p>"
         f"<div class=charts>{''.join(drawn)}</div></section>"
     )
 
@@ -217,6 +217,7 @@ def _ages(one: Drawn) -> Any:
 def _drift(now: Drawn, before: Drawn | None) -> str:
     if before is None:
         return "<section><h2>Drift</h2><p>There is no earlier snapshot of this space to compare with.</p></section>"
+    heads = "".join(f"<th class=number>{name}" for name in ("mean before", "mean now", "PSI", "by chance"))
     rows = "".join(_drift_row(one) for one in shifts(before.sample, now.sample))
     kept = kept_share(before.sample, now.sample)
     warm = now.manifest.details.get("drift")
@@ -226,15 +227,14 @@ def _drift(now: Drawn, before: Drawn | None) -> str:
         told += f"Users clustered from their last centers: inertia {warm:+.2%} against clustering anew."
     return (
         "<section><h2>Drift</h2><p class=note>Of the same users as the charts.</p>"
-        "<table><tr><th>measure<th>mean before<th>mean now<th>PSI<th>by chance<th></tr>"
-        f"{rows}</table><p>{told}</p><p class=note>PSI below {SOME} is no change by custom, above {MUCH} a large one; "
+        f"<table><tr><th>measure{heads}<th>moved</tr>{rows}</table><p>{told}</p>"
+        f"<p class=note>PSI below {SOME} is no change by custom, above {MUCH} a large one; "
         "by chance: what two samples of one distribution would have.</p></section>"
     )
 
 
 def _drift_row(one: Shift) -> str:
-    moved = one.psi > 2 * one.chance
-    word = "much" if moved and one.psi > MUCH else "some" if moved and one.psi > SOME else "none"
+    word = verdict(one.psi, one.chance)
     numbers = (f"{one.mean_before:,.4g}", f"{one.mean_now:,.4g}", f"{one.psi:.4f}", f"{one.chance:.4f}")
     return f"<tr><td>{one.name}{''.join(f'<td class=number>{n}' for n in numbers)}<td class={word}>{word}</tr>"
 
@@ -243,9 +243,9 @@ def _freshness(now: Drawn, histories: Manifest | None, as_of: date) -> str:
     newest = int(now.sample.newest.max(initial=0))
     told = [f"as of {as_of}"]
     if newest:
-        hours = (day_start(as_of) - newest) / 3600
+        hours = (day_start(as_of) - newest) // 3600
         when = f"{datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC"
-        told.append(f"newest behavior of the sample {when}, {hours:.0f} h before")
+        told.append(f"newest behavior of the sample {when}, {f'{hours:,} h' if hours else 'under 1 h'} earlier")
     found = histories.details.get("days", ()) if histories else ()
     days = sorted(date.fromisoformat(name.rpartition("=")[2]) for name in found)
     if days:
@@ -329,8 +329,8 @@ def _example_section(examples: Sequence[Mapping[str, Any]]) -> list[str]:
         note = f"<p class=note>and {number_of(more, 'smaller one')}</p>"
         users.append(
             f"<div><h3>{number_of(user['num_behaviors'], 'behavior')}, {number_of(len(user['size']), 'interest')}"
-            "</h3><table><tr><th>share<th>behaviors<th>newest<th>categories"
-            f"<th>top items</tr>{rows}</table>{note if more > 0 else ''}</div>"
+            "</h3><table><tr><th class=number>share<th class=number>behaviors<th>newest<th>categories<th>top items</tr>"
+            f"{rows}</table>{note if more > 0 else ''}</div>"
         )
     return [f"<section><h2>A few users</h2><div class=columns>{''.join(users)}</div></section>"]
 

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from encode.data import trends
 
+SOME, MUCH = 0.1, 0.25
+"""PSI from which a change counts by custom, and from which it is a large one."""
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
@@ -58,3 +60,9 @@ def psi(expected: Counts, found: Counts) -> float:
 def chance(num_bins: int, expected: int, found: int) -> float:
     """Return the PSI to expect of two samples of one distribution, (B - 1) (1/N + 1/M); NaN where one is empty."""
     return (num_bins - 1) * (1 / expected + 1 / found) if expected and found else float("nan")
+
+
+def verdict(found: float, by_chance: float) -> str:
+    """Say whether a PSI is a change: `none`, `some` or `much`, and none up to twice what chance makes."""
+    moved = found > 2 * by_chance
+    return "much" if moved and found > MUCH else "some" if moved and found > SOME else "none"

@@ -15,7 +15,7 @@ code { font-size: 13px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 18px 0; }
 .tiles div { border-top: 2px solid var(--rule); padding-top: 6px; }
 .tiles b { display: block; font-size: 20px; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 18px; }
 svg { width: 100%; }
 svg text { fill: var(--ink); font-size: 11px; }
 svg .title { font-size: 12px; font-weight: 600; }
@@ -27,12 +27,16 @@ svg .axis { stroke: var(--rule); }
 table { border-collapse: collapse; font-size: 14px; }
 th { color: var(--soft); font-weight: 500; text-align: left; }
 th, td { border-bottom: 1px solid var(--rule); padding: 4px 14px 4px 0; vertical-align: top; }
-.number { font-variant-numeric: tabular-nums; }
+.number { font-variant-numeric: tabular-nums; text-align: right; }
 .date { white-space: nowrap; }
 .none { color: var(--good); }
 .some { color: var(--before); }
 .much { color: var(--bad); font-weight: 600; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 0 32px; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 0 32px; }
 h3 { font-size: 14px; margin: 14px 0 4px; }
 ul { margin: 4px 0; padding-left: 20px; }
+.key { display: inline-block; width: 14px; height: 10px; margin-right: 4px; background: var(--now); }
+.key.line { height: 2px; background: var(--before); vertical-align: middle; }
+@media (max-width: 1000px) { section, .columns > * { min-width: 0; overflow-x: auto; } }
+@media (max-width: 600px) { main { padding: 12px; } th, td { padding-right: 8px; } }
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property, partial
@@ -215,26 +215,3 @@ def _score(space: Space, reader: Reader, histories: Histories, days: Window, con
     replay = make_replay(histories, impressions, times, space.vocabulary, space.config.recent_length)
     offline = partial(cluster_histories, clustering=space.config.clustering)
     return _Scored(replay, predict(space.items, reader, replay, offline))
-
-
-def lines(told: Mapping[str, Any], depth: int = 0) -> list[str]:
-    """Return what was measured for people, a number a line."""
-    out = []
-    for name, value in told.items():
-        indent, label = "  " * depth, name.replace("_", " ")
-        if isinstance(value, Mapping) and depth and not any(isinstance(one, Mapping) for one in value.values()):
-            short = ", ".join(f"{key.replace('_', ' ')} {_number(one)}" for key, one in value.items())
-            out.append(f"{indent}{label}: {short}")
-        elif isinstance(value, Mapping):
-            out += [f"{indent}{label}", *lines(value, depth + 1)]
-        elif isinstance(value, list):
-            out += [f"{indent}{label}: {one}" for one in value]
-        else:
-            out.append(f"{indent}{label}: {_number(value)}")
-    return out
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool | str) or value is None:
-        return str(value)
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

@@ -99,7 +99,7 @@ class Engine:
             is_recent,
             self._items.embedding.numpy()[user.recent],
         )
-        profile = user.size / max(total, 1) @ user.value
+        profile = (user.size / max(total, 1)) @ user.value
         bias = self._bias + self._of_user @ np.append(profile, np.log1p(total))
         of_scalars = torch.from_numpy(np.concatenate([self._of_scalars, bias[None]]))
         return PreparedUser(interests, recent, (user.item, user.times, user.category), of_scalars)

@@ -27,7 +27,8 @@ from encode.quickstart import quickstart
 from encode.schema import SECONDS_PER_DAY, day_of, day_start
 from encode.stack import down, load_client_environment, status
 from encode.stack.airflow_api import AirflowClient
-from encode.stack.home import credentials
+from encode.stack.home import credentials, read_state
+from encode.stack.processes import belonging_to
 from encode.storage import open_storage
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,9 @@ def test_all_four_dags_succeed_and_a_real_request_is_scored(first):
     text = "\n".join(said)
     for expected in (
         "epoch 1 of 3",
+        ", as of 2018-01-01: all days before it",
         "gate passed: auc",
+        "  nobody is asked: the preset has no release.approval",
         "champion   version 1",
         "credentials",
         *summary["urls"].values(),
@@ -137,6 +140,17 @@ def test_a_second_time_nothing_is_started_and_nothing_is_run_again(first, home, 
     assert again["score"] == first[0]["score"]
     assert (first[0]["ran"], again["ran"]) == (list(again["runs"]), [])
     assert any(line.startswith("nothing was left to do") for line in said)
+
+
+def test_nothing_of_the_stack_listens_but_on_the_loopback(first, home):
+    """Also what a component starts itself, and what has run a task."""
+    for name, entry in read_state(home).entries.items():
+        listening = set()
+        for process in belonging_to(entry.process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                connections = process.net_connections("inet")
+                listening |= {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}, name
 
 
 @pytest.mark.parametrize(
@@ -260,6 +274,7 @@ def kill_in_the_middle(airflow, storage, run):
     """Kill the process of a task that has published a day but not all of them, and return its state afterwards."""
     start, end = (date.fromisoformat(run[f"data_interval_{edge}"][:10]) for edge in ("start", "end"))
     pid = wait_for(lambda: task_of(airflow, run)["pid"])
+    wait_for(lambda: "encode_validate.py" in log_of(airflow, run))  # which can be read while the task runs
     wait_for(lambda: read_manifest(storage, f"behaviors/dt={start}"))
     os.kill(pid, signal.SIGKILL)
     assert read_manifest(storage, f"behaviors/dt={end - timedelta(days=1)}") is None
@@ -371,9 +386,18 @@ def test_what_cannot_be_backfilled_says_so(airflow):
         airflow.backfill("encode_train", FIRST, FIRST)
 
 
+def test_airflow_is_stopped_when_a_part_of_it_dies(first, home):
+    """The last but one in this file: what is left of it never looks like a whole."""
+    airflow = read_state(home).entries["airflow"].process
+    next(one for one in psutil.Process(airflow.pid).children() if "triggerer" in one.cmdline()).kill()
+    wait_for(lambda: not runs(airflow.pid), 60)
+    assert {one.name: one.state for one in status(home)}["airflow"] == "stopped"
+    assert "triggerer ended with status -9" in (home / "logs" / "airflow.log").read_text()
+
+
 def test_going_down_leaves_no_process(first, home):
     """Last in this file."""
-    pids = [one.pid for one in status(home)]
+    pids = [one.pid for one in status(home) if one.pid]
     assert all(runs(pid) for pid in pids)
     down(home, say=lambda _: None)
     assert not [pid for pid in pids if runs(pid)]

@@ -42,6 +42,11 @@ print("FOUND " + json.dumps({
     "refusals": [encode_release._refusal(one) for one in (
         None, answer("Approve", "ignored"), answer("Reject", "slow"), answer("Reject", None, None)
     )],
+    "asked": [encode_release._why_asked(one) for one in (
+        {"approval": True, "outcome": "passed", "version": "2", "subject": "?"},
+        {"approval": False, "outcome": "passed", "version": "2", "subject": "?"},
+        {"approval": False, "outcome": "nothing to release"},
+    )],
 }))
 """
 
@@ -73,6 +78,14 @@ def test_what_was_judged_is_released_after_a_person_was_asked_or_nobody_had_to_b
     assert found["options"] == ["Approve", "Reject"]
     # A question that is skipped stops nothing; a candidate that misses a gate does.
     assert found["rule"] == "none_failed_min_one_success"
+
+
+def test_a_question_that_is_skipped_has_a_reason(found):
+    assert found["asked"] == [
+        "a person is asked about version 2: the preset has release.approval",
+        "nobody is asked: the preset has no release.approval",
+        "nobody is asked: nothing to release",
+    ]
 
 
 def test_only_a_rejection_refuses_and_says_who_and_why(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from datetime import date, timedelta
@@ -161,6 +162,29 @@ def test_the_numbers_of_the_page_agree_with_the_report_and_with_one_another(tmp_
     assert "behavior_unknown" not in report.reasons
     assert "may be higher than those of the reasons" in text
     assert "nan" not in [cell for row in page.rows for cell in row]
+
+
+def test_times_counts_and_bounds_of_the_page_are_to_be_read_by_people(tmp_path):
+    """One unreadable value makes all of its column floats, beyond the year 9999 there are no dates."""
+    storage = FolderStorage(tmp_path)
+    bad = [(1, 1, 1, "pv", None), (1, 2, 1, "pv", NOON - 86_400), (1, 3, 1, "pv", 10**12), (None, -2, 1, "pv", NOON)]
+    put_rows(storage, good_rows(1_200) + bad * 9)
+    with pytest.raises(QualityError, match="found 1,200, expected min_value 2,000"):
+        validate_day(storage, DAY, config(behaviors=("pv", "buy"), min_rows=2_000, max_rejected_share=0.001))
+    (key,) = storage.list(f"quarantine/dt={DAY}/refused-")[:1]
+    text = storage.get(f"{key.rpartition('/')[0]}/index.html").decode()
+    cells = [cell for row in Page(text).rows for cell in row]
+    start, end = day_start(DAY), day_start(DAY) + 86_399
+    words = f"min_value 2024-03-05 00:00:00 UTC ({start})"
+    assert f"expected max_value 2024-03-05 23:59:59 UTC ({end}), {words}" in text.replace("\n", " ")
+    assert f"2024-03-05 00:00:00 UTC ({start})</span>" in text
+    assert f"2024-03-04 12:00:00 UTC ({NOON - 86_400})" in cells
+    assert {str(10**12), "-2", "1,200"} <= set(cells)
+    assert "of 1,236 total rows" in text
+    assert ">2,000</span>" in text
+    assert not re.search(r"\b(\d+\.0|1200|1236)\b(?!%)|% of the time", text)
+    assert "1,200 rows fit, 9 look like ms" in text
+    assert "<th class=number>hold</th>" in text
 
 
 TITLE = f"{DAY}: published"

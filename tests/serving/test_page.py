@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from datetime import UTC, date, datetime
 
 import httpx
 import pyarrow as pa
@@ -157,6 +158,9 @@ def test_it_shows_the_release(page, api):
     shown = page.text("#release")
     assert all(told[name] in shown for name in ("id", "model_version", "space", "snapshot", "as_of"))
     assert page.text("#state") == "ready"
+    days = (datetime.now(UTC).date() - date.fromisoformat(told["as_of"])).days
+    assert f"{told['as_of']}, {days:,} days ago" in shown
+    assert f"in the last {days:,} days is not in it" in page.text("#age")
     assert page.logged == []
 
 
@@ -170,7 +174,7 @@ def test_it_shows_a_users_interests(page, liked):
     rows = page.run("[...document.querySelectorAll('#interests > li')].map((row) => row.innerText)")
     assert len(rows) == count
     for row, interest in zip(rows, liked["interests"], strict=True):
-        assert f"{100 * interest['weight']:.1f} % behaviors" in row
+        assert f"{100 * interest['weight']:.1f}% of behaviors" in row
         assert all(f"{item['name']} {item['item_id']}" in row for item in interest["top_items"])
         assert f"categories {', '.join(map(str, interest['categories']))}" in row
     assert page.logged == []
@@ -216,7 +220,7 @@ def test_it_shows_why(page, api, liked):
     weights += [(f"{place}\n", one["attention"]) for place, one in enumerate(answer["interests"], 1)]
     assert len(rows) == len(weights)
     for start, weight in weights:
-        assert any(start in row and f"{100 * weight:.1f} % attention" in row for row in rows), (start, weight, rows)
+        assert any(start in row and f"{100 * weight:.1f}% of attention" in row for row in rows), (start, weight, rows)
 
 
 def test_it_says_what_was_assumed(page, liked):
@@ -229,6 +233,8 @@ def test_it_says_what_was_assumed(page, liked):
     assert f"{2**53 + 3}, {2**63 - 1}" in assumed
     assert "older than allowed" in assumed
     assert page.run("document.querySelector('#scores button').disabled")
+    page.wait("document.getElementById('state').textContent === 'ready, stale snapshot'")
+    assert "older than the server's --max-age" in page.text("#age")
 
 
 def test_it_says_that_a_user_is_unknown(page):

@@ -17,7 +17,8 @@ from encode.lineage import Lineage
 from encode.monitoring import watch
 from encode.monitoring.feedback import measure, reference_of, training_report
 from encode.monitoring.stability import counts_of, psi
-from encode.monitoring.watch import Watch, lines
+from encode.monitoring.watch import Watch
+from encode.monitoring.words import lines
 from encode.registry import Registry
 from encode.schema import Window
 from encode.serving.bundle import Asked
@@ -84,13 +85,13 @@ def test_scoring_the_days_of_the_test_again_shows_no_skew(storage, known, releas
     assert told["drift"]["coverage_of_newest_day"] == 1
     assert told["drift"]["before"] is None
     shown = "\n".join(lines(told))
-    assert f"snapshot: ends {as_of}, age days 3" in shown
+    assert f"snapshot   days up to {as_of - timedelta(1)}, 3 days old" in shown
     drift = told["drift"]
     buckets = drift["sample"]["of_buckets"]
     assert drift["sample"] == {"users": drift["users"], "buckets": buckets, "of_buckets": buckets}
     first, last = as_of - timedelta(released.card.test_days), as_of - timedelta(1)
     assert told["skew"]["scored"].startswith(f"{first} to {last} (")
-    assert "psi: 0\n" in shown
+    assert "they are among these days, and show no skew" in shown
 
 
 def test_what_is_ahead_of_the_day_that_is_asked_about_has_no_negative_age(storage, known, released):
@@ -100,7 +101,8 @@ def test_what_is_ahead_of_the_day_that_is_asked_about_has_no_negative_age(storag
     assert not any("age_days" in one for one in told["freshness"].values())
     expected = f"freshness: ahead of {as_of}, so without an age as of then: raw, behaviors, model, histories, snapshot"
     assert told["problems"] == [expected]
-    assert f"  raw: ends {released.card.as_of}, ahead days 2" in lines(told)
+    last = released.card.as_of - timedelta(1)
+    assert f"  raw        days up to {last}, 2 days ahead of that" in list(lines(told))
 
 
 def test_an_empty_store_is_measured_as_far_as_it_goes(tmp_path, places, known):
@@ -160,7 +162,7 @@ def test_the_commands_print_for_people_and_for_programs(encode, released, tmp_pa
     assert encode("lineage", released.id)[1].startswith(f"bundle {released.id}  served\n  from interests/")
     told = json.loads(encode("lineage", "1", "--json")[1])
     assert (told["name"], told["served"]) == ("version 1", True)
-    assert encode("monitor", "--as-of", "2024-03-02")[1].startswith("as of: 2024-03-02\nfreshness\n  raw: ends ")
+    assert encode("monitor", "--as-of", "2024-03-02")[1].startswith("as of the start of 2024-03-02\n")
     assert json.loads(encode("monitor", "--as-of", "2024-03-02", "--json")[1])["problems"] == []
     columns = {"user_id": [1, 2], "item_id": [5, 6], "probability": [0.5, 0.1], "label": [1, 0]}
     pq.write_table(pa.table(columns | {"timestamp": [1709251200] * 2, "bundle": [released.id] * 2}), tmp_path / "log")

@@ -8,9 +8,10 @@ const SCORING = new Set(["/v1/score", "/invocations", "/v2/models/{name}/infer"]
 const LARGEST_ID = 2n ** 63n - 1n;
 const MOST_FILLED_IN = 12;
 const MOST_LISTED = 8;
+const OLD_DAYS = 2; // as for the alert on the age of the snapshot
 
 const by = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const day = (seconds) => new Date(1000 * seconds).toISOString().slice(0, 10);
 
 // --- elements --------------------------------------------------------------------------------------------------
@@ -31,7 +32,7 @@ function say(id, text) {
 }
 
 function bar(share, text, kind = "") {
-  const length = svg("rect", { width: percent(Math.min(share, 1)).replace(" ", ""), height: "100%" });
+  const length = svg("rect", { width: percent(Math.min(share, 1)), height: "100%" });
   return html("div", { class: `bar ${kind}` }, svg("svg", { "aria-hidden": "true" }, length), html("span", {}, text));
 }
 
@@ -128,6 +129,7 @@ by("key-forget").addEventListener("click", () => useKey(""));
 
 let timer, turn = 0, goneSince = null;
 let samples = [];
+const stale = new Set(); // bundles whose snapshot an answer called stale
 
 async function poll() {
   clearTimeout(timer);
@@ -146,8 +148,9 @@ function showState(ready, release) {
   const isReady = ready.status === "fulfilled";
   const gone = !isReady && ready.reason.status === 0;
   goneSince = gone ? (goneSince ?? new Date().toLocaleTimeString()) : null;
-  say("state", gone ? "no answer" : isReady ? "ready" : "not ready");
-  by("state").className = `pill ${isReady ? "good" : "bad"}`;
+  const isStale = isReady && stale.has(release?.bundle?.id);
+  say("state", gone ? "no answer" : isStale ? "ready, stale snapshot" : isReady ? "ready" : "not ready");
+  by("state").className = `pill ${isStale ? "warn" : isReady ? "good" : "bad"}`;
   const trying = `No answer from the server since ${goneSince}; trying again every ${POLL_MS / 1000} s.`;
   const why = release?.error ?? ready.reason?.message;
   say("banner", gone ? trying : isReady ? "" : `The server takes no traffic: ${why}`);
@@ -156,7 +159,10 @@ function showState(ready, release) {
 function showRelease(release) {
   by("look").disabled = !release;
   if (!release) {
-    if (locked) describe(by("release"), []);
+    if (locked) {
+      describe(by("release"), []);
+      say("age", "");
+    }
     return;
   }
   const { bundle, previous, challenger, refused, error } = release;
@@ -167,14 +173,29 @@ function showRelease(release) {
         ["Model version", bundle.model_version],
         ["Space", bundle.space],
         ["Snapshot", bundle.snapshot],
-        ["Behaviors before", bundle.as_of],
+        ["Behaviors before", `${bundle.as_of}, ${daysAgo(bundle)} ago`],
       ]
     : [["Bundle", "none yet"]];
   if (challenger) pairs.push(["Challenger", short(challenger)]);
   if (previous) pairs.push(["Before it", short(previous)]);
   for (const one of refused) pairs.push(["Refused", `${short(one)}: ${one.why}`]);
   describe(by("release"), pairs);
+  say("age", bundle ? ageOf(bundle) : "");
   say("release-problem", error ? `The newest look failed: ${error}` : "");
+}
+
+const ageInDays = ({ as_of }) => Math.max(Math.floor((Date.now() - Date.parse(as_of)) / 86_400_000), 0);
+
+function daysAgo(bundle) {
+  const days = ageInDays(bundle);
+  return `${days.toLocaleString("en")} day${days === 1 ? "" : "s"}`;
+}
+
+// The server tells with a score whether its snapshot is stale.
+function ageOf(bundle) {
+  if (stale.has(bundle.id)) return "The snapshot is older than the server's --max-age: answers say stale_snapshot.";
+  if (ageInDays(bundle) <= OLD_DAYS) return "";
+  return `What users did in the last ${daysAgo(bundle)} is not in it. Scores are called stale only beyond --max-age, where that is set.`;
 }
 
 by("look").addEventListener("click", () =>
@@ -194,13 +215,12 @@ function* read(exposition) {
 
 function sampleOf(exposition) {
   const counts = new Map();
-  const found = { at: performance.now(), age: NaN, atWork: 0, counts };
+  const found = { at: performance.now(), atWork: 0, counts };
   for (const [name, labels, value] of read(exposition)) {
     if (name === "encode_request_seconds_bucket" && SCORING.has(labels.route)) {
       const edge = labels.le === "+Inf" ? Infinity : Number(labels.le);
       counts.set(edge, (counts.get(edge) ?? 0) + value);
-    } else if (name === "encode_snapshot_age_seconds" && labels.role === "champion") found.age = value;
-    else if (name === "encode_requests_at_work") found.atWork = value;
+    } else if (name === "encode_requests_at_work") found.atWork = value;
   }
   return found;
 }
@@ -225,6 +245,7 @@ function showLoad(exposition) {
       describe(by("now"), []);
       by("load").replaceChildren();
       say("window", "");
+      say("load-legend", "");
     }
     return;
   }
@@ -236,19 +257,12 @@ function showLoad(exposition) {
   const requests = total(last) - total(first);
   describe(by("now"), [
     ["requests/s", seconds ? (requests / seconds).toFixed(1) : "…"],
-    ["p50", requests ? quantile(0.5, first, last) : "…"],
-    ["p99", requests ? quantile(0.99, first, last) : "…"],
-    ["at work", String(last.atWork)],
-    ["snapshot age", ageOf(last.age)],
+    ["p50 latency", requests ? quantile(0.5, first, last) : "…"],
+    ["p99 latency", requests ? quantile(0.99, first, last) : "…"],
+    ["in flight", String(last.atWork)],
   ]);
   say("window", `scoring requests, last ${Math.round(seconds)} s`);
   showBars(samples.slice(1).map((one, i) => (1000 * (total(one) - total(samples[i]))) / (one.at - samples[i].at)));
-}
-
-function ageOf(seconds) {
-  if (Number.isNaN(seconds)) return "none";
-  const hours = seconds / 3600;
-  return hours < 48 ? `${Math.floor(hours)} h` : `${Math.floor(hours / 24).toLocaleString("en")} d`;
 }
 
 function showBars(rates) {
@@ -259,7 +273,9 @@ function showBars(rates) {
     return svg("rect", { x: 10 * (i + room - Math.min(rates.length, room)), y: 36 - height, width: 8, height });
   });
   by("load").setAttribute("viewBox", `0 0 ${10 * room} 36`);
-  by("load").setAttribute("aria-label", `Requests per second, ${most.toFixed(0)} at most`);
+  const legend = `requests/s, a bar each ${POLL_MS / 1000} s; highest ${Math.max(...rates, 0).toFixed(1)}`;
+  by("load").setAttribute("aria-label", legend);
+  say("load-legend", legend);
   by("load").replaceChildren(...rects);
 }
 
@@ -294,7 +310,7 @@ async function lookUp(user, item) {
 function showInterests(answer) {
   shown = answer;
   by("picture").hidden = by("fill").disabled = !answer;
-  say("source", answer ? `user ${answer.user_id}, bundle ${answer.bundle.id}, before ${answer.bundle.as_of}` : "");
+  say("source", answer ? `user ${answer.user_id}, behaviors before ${answer.bundle.as_of}, bundle ${answer.bundle.id}` : "");
   markChosen();
   if (!answer) return;
   const { interests, item_id: item, attention_to_itself: itself, unknown_item: unknown } = answer;
@@ -316,9 +332,10 @@ function listInterests(interests, itself) {
   const rows = interests.map((one, place) => [one.attention ?? one.weight, interestRow(one, place, most)]);
   if (itself !== undefined) rows.push([itself, itselfRow(itself, most)]);
   const ordered = rows.sort((a, b) => b[0] - a[0]).map(([, row]) => row);
-  for (const row of ordered.slice(MOST_LISTED)) row.hidden = true;
+  const listed = MOST_LISTED + (itself !== undefined);
+  for (const row of ordered.slice(listed)) row.hidden = true;
   by("interests").replaceChildren(...ordered);
-  by("more").hidden = ordered.length <= MOST_LISTED;
+  by("more").hidden = ordered.length <= listed;
   say("more", `Show all ${interests.length}`);
 }
 
@@ -329,8 +346,8 @@ by("more").addEventListener("click", () => {
 
 function interestRow({ weight, size, newest, attention, categories, top_items: tops }, place, most) {
   const named = (one) => [nameOf(one.item_id), html("span", { class: "id" }, one.name ? ` ${one.item_id}` : "")];
-  const bars = [bar(weight / most, `${percent(weight)} behaviors`)];
-  if (attention !== undefined) bars.push(bar(attention / most, `${percent(attention)} attention`, "attention"));
+  const bars = [bar(weight / most, `${percent(weight)} of behaviors`)];
+  if (attention !== undefined) bars.push(bar(attention / most, `${percent(attention)} of attention`, "attention"));
   const facts = `newest ${day(newest)} · ${size.toLocaleString("en")} behaviors`;
   const summary = html(
     "summary",
@@ -345,7 +362,7 @@ function interestRow({ weight, size, newest, attention, categories, top_items: t
 
 function itselfRow(itself, most) {
   const text = [html("div", { class: "name" }, "The item itself"), html("div", { class: "id" }, "the user's own past with it")];
-  const bars = bar(itself / most, `${percent(itself)} attention`, "attention");
+  const bars = bar(itself / most, `${percent(itself)} of attention`, "attention");
   return html("li", { class: "itself" }, html("span", { class: "badge self" }, "="), html("div", {}, ...text, bars));
 }
 
@@ -387,7 +404,7 @@ function bubble({ x, y, radius: r }, interest, place, most) {
   if (interest.attention > 0.005) {
     drawn.append(svg("circle", { ...at, r: r + 1, class: "ring", "stroke-width": Math.max((8 * interest.attention) / most, 1) }));
   }
-  const letters = Math.floor((2 * r - 8) / 7);
+  const letters = Math.floor((2 * r - 8) / 8);
   if (r > 26) drawn.append(text(-4, "share", `${place + 1}`), text(12, "", name.length > letters ? `${name.slice(0, letters - 1)}…` : name));
   else if (r > 8) drawn.append(text(4, "share", `${place + 1}`));
   return drawn;
@@ -426,6 +443,10 @@ async function score(user, items) {
     stale_snapshot && `The snapshot, of behaviors before ${answer.bundle.as_of}, is older than allowed.`,
   ];
   say("assumed", assumed.filter(Boolean).join(" "));
+  if (stale_snapshot && !stale.has(answer.bundle.id)) {
+    stale.add(answer.bundle.id);
+    poll();
+  }
   const scored = items.map((id, i) => ({ id, value: answer.probabilities[i] })).sort((a, b) => b.value - a.value);
   by("scores").tBodies[0].replaceChildren(...scored.map((one) => scoreRow(user, one, scored[0].value, unknown_user)));
   by("scores").hidden = false;
