@@ -89,10 +89,10 @@ def read_request(body: bytes) -> Asked:
     asked = Asked(int(user), columns["item_id"], columns.get("category_id"))
     if recent == [] and _is_plain(asked):
         return asked
-    told = {name: column.tolist() for name, column in columns.items()}
+    lists = {name: column.tolist() for name, column in columns.items()}
     try:
         return ScoreRequest(
-            user_id=int(user), item_ids=told["item_id"], category_ids=told.get("category_id"), recent=recent
+            user_id=int(user), item_ids=lists["item_id"], category_ids=lists.get("category_id"), recent=recent
         ).asked()
     except ValidationError as error:
         raise invalid_body(error) from None
