@@ -273,13 +273,14 @@ async def _trickle(port: int, until: float, refused: Counter[int]) -> None:
         with suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head)
-            while not reader.at_eof() and time.monotonic() < until:
+            status = b""
+            while not status and not reader.at_eof() and time.monotonic() < until:
                 writer.write(b" ")
                 with suppress(TimeoutError):
                     async with asyncio.timeout(0.5):
-                        if status := await reader.readline():
-                            refused[int(status.split()[1])] += 1
-                            await reader.read()
+                        status = await reader.readline()
+            if status:
+                refused[int(status.split()[1])] += 1
             writer.close()
 
 

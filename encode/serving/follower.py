@@ -67,6 +67,8 @@ class Follower:
         """Why the newest look failed."""
         self.erased: frozenset[int] = frozenset()
         """Users who are unknown to every bundle at hand."""
+        self.before_first: Callable[[], None] = lambda: None
+        """Called when the first bundle is loaded and tried, before it serves."""
         self.recorder = Recorder()
         self._places, self._config, self._cache, self._seconds = places, config, cache, seconds
         self._rollout = rollout or Rollout()
@@ -199,6 +201,8 @@ class Follower:
         champion = self._bring(CHAMPION)
         if champion is None:
             raise EncodeError(f"no version of {self._config.model_name} has the alias {CHAMPION}; release one first")
+        if self.bundle is None:
+            self.before_first()
         with self._swap:
             if champion is self.bundle:
                 return

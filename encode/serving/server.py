@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,12 @@ class _Draining(uvicorn.Server):
         return await super().on_tick(counter) or time.monotonic() >= self._stop_at
 
 
+def _freeze() -> None:
+    """Take what is there at the start, and stays, from the garbage collector: to look through it takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
+
+
 def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_seconds: int) -> None:
     """Listen until SIGTERM or Ctrl-C.
 
@@ -59,6 +66,7 @@ def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=drain_seconds,
     )
+    app.state.follower.before_first = _freeze
     server = _Draining(config, app, drain_delay_seconds)
     server.run()
     if app.state.work.count or app.state.loading:  # a thread cannot be stopped, and the interpreter would wait for it

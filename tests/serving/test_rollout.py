@@ -154,6 +154,16 @@ def test_requests_are_recorded(client):
     assert (asked.user_id, asked.item_ids.tolist()) == (5, [12, 13])
 
 
+def test_the_process_settles_once_before_it_serves(serve, registry, second):
+    follower, seen = serve().app.state.follower, []
+    follower.before_first = lambda: seen.append(follower.bundle)
+    follower.look()
+    registry.release("2", *second)
+    follower.look()
+    assert follower.bundle.model_version == "2"
+    assert seen == [None]
+
+
 # --- the bundle before -------------------------------------------------------------------------------------
 
 
