@@ -49,7 +49,7 @@ class ModelCard(Section):
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UserState:
     """One user as the model sees one: what is cached between requests, free of any target."""
 

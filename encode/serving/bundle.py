@@ -43,7 +43,7 @@ class Behavior:
     timestamp: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """What the candidates of a user are scored by."""
 
@@ -55,7 +55,7 @@ class Asked:
     """Since the snapshot, in any order; they go before those that the snapshot holds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scored:
     """Probabilities of the candidates of one request, and what had to be assumed."""
 

@@ -28,6 +28,8 @@ from encode.schema import MOST_TIMES, PADDING, UNKNOWN
 
 _LOWEST = torch.finfo(torch.float32).min
 """Logit of a slot that is empty; not -inf, so that a candidate without any slot gives no NaN."""
+_AFFINITY, _TIMES, _IN_CATEGORY, _RECENT_AFFINITY, _ONE = range(5)
+"""Rows of the numbers of a candidate: affinity, log(1 + n_t), the same of its category, recent affinity, and 1."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -114,13 +116,12 @@ class Engine:
         """
         embedding = self._items.embedding.index_select(0, target)
         key = self._items.key.index_select(0, target)
-        # Of each candidate: affinity, log(1 + n_t), the same of its category, recent affinity, and 1.
         scalars = embedding.new_empty(5, len(target))
         weights = self._attend_interests(user, key, target, scalars)
         pooled, D = weights[:-1].T @ user.interests.value, embedding.shape[1]
         long_term = torch.addmm(pooled[:, :D], key * pooled[:, D:], self._encode.decoder)
         long_term.addcmul_(weights[-1][:, None], embedding)
-        short_term = _attend_recent(user.recent, key, scalars[3]).T @ user.recent.value
+        short_term = _attend_recent(user.recent, key, scalars[_RECENT_AFFINITY]).T @ user.recent.value
         hidden = scalars.T @ user.of_scalars
         vectors = long_term, short_term, embedding, long_term * embedding, short_term * embedding
         for vector, weight in zip(vectors, self._of_vectors, strict=True):
@@ -145,7 +146,8 @@ class Engine:
         """
         key = self._items.key.index_select(0, target)
         scalars = key.new_empty(5, len(target))
-        return self._attend_interests(user, key, target, scalars).T, _attend_recent(user.recent, key, scalars[3]).T
+        recent = _attend_recent(user.recent, key, scalars[_RECENT_AFFINITY])
+        return self._attend_interests(user, key, target, scalars).T, recent.T
 
     def _attend_interests(
         self,
@@ -172,8 +174,8 @@ class Engine:
         torch.add(torch.from_numpy(prior), square.sum(1), alpha=self._scale, out=logits[-1])
         weights, total = _softmax(logits)
         if slots.is_empty:
-            weights.mul_(scalars[1] > 0)
-        torch.sub(total, torch.from_numpy(mass), out=scalars[0])
+            weights.mul_(scalars[_TIMES] > 0)
+        torch.sub(total, torch.from_numpy(mass), out=scalars[_AFFINITY])
         return weights
 
 
@@ -229,7 +231,7 @@ def _of_candidates(
         log_mass: of the interests.
         prior: gets that prior, the lowest number where n is 0, [B].
         mass: gets log(exp(log_mass) + exp(prior)), [B].
-        scalars: rows 1, 2 and 4 get log(1 + n), log(1 + n of the category) and 1, [5, B].
+        scalars: its rows _TIMES, _IN_CATEGORY and _ONE are written, [5, B].
     """
     bits = 1
     while (1 << bits) < 2 * len(item):
@@ -253,9 +255,9 @@ def _of_candidates(
             own = size_prior * np.log(float(n))
             high = max(own, log_mass)
             prior[b], mass[b] = own, high + np.log(np.exp(own - high) + np.exp(log_mass - high))
-        scalars[1, b] = np.log1p(float(n))
-        scalars[2, b] = np.log1p(float(min(sums[slot], MOST_TIMES)))
-        scalars[4, b] = 1.0
+        scalars[_TIMES, b] = np.log1p(float(n))
+        scalars[_IN_CATEGORY, b] = np.log1p(float(min(sums[slot], MOST_TIMES)))
+        scalars[_ONE, b] = 1.0
 
 
 @compiled

@@ -15,11 +15,11 @@ from encode.data.vocabulary import Vocabulary
 from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import UserState, interest_weights, read_user
 from encode.model.space import Space, SpaceConfig, space_of
-from encode.schema import UNKNOWN
+from encode.schema import MOST_TIMES, UNKNOWN
 from encode.serving.engine import Engine
 
 D, P, K, R = 8, 4, 5, 6
-VOCABULARY = Vocabulary(np.array([1, 2, 3]), np.arange(10, 50), 1 + np.arange(40) % 3)
+VOCABULARY = Vocabulary(np.array([1, 2, 3]), np.arange(10, 50), np.arange(40) % 4)
 SIZE_PRIORS = (0.0, 0.5, 1.0, 2.0)
 
 
@@ -53,7 +53,7 @@ def make_user(space: Space, sizes, num_remembered: int, num_recent: int, seed: i
     item = np.sort(random.choice(np.arange(2, len(VOCABULARY)), num_remembered, replace=False))
     recent = np.zeros(R, np.int64)
     recent[:num_recent] = random.integers(UNKNOWN, len(VOCABULARY), num_recent)
-    times = random.integers(1, 1000, num_remembered)
+    times = random.choice([1, 2, 30, 1_000, MOST_TIMES], num_remembered)
     category = VOCABULARY.category_index[item]
     return UserState(center, value, size, variance, space.scale, item, times, category, recent)
 
