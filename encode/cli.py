@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from encode.config import Config, Places
 
 HOME = Path(os.environ.get("ENCODE_HOME", ".encode"))
+_WEBHOOK_SECRET = "ENCODE_WEBHOOK_SECRET"  # as `encode.serving.webhook.SECRET`, which comes with all of serving
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,16 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     release = with_step(add("release", _release, "let the candidate serve if it passes its gates"))
     decided = release.add_mutually_exclusive_group()
     decided.add_argument(
-        "--approve", type=_text, metavar="VERSION", help="you looked at its report: with release.approval it serves"
+        "--approve", type=_version, metavar="VERSION", help="you looked at its report: with release.approval it serves"
     )
     decided.add_argument(
-        "--refuse", type=_text, metavar="VERSION", help="it must not serve, whatever its gates say; give --reason"
+        "--refuse", type=_version, metavar="VERSION", help="it must not serve, whatever its gates say; give --reason"
     )
     _with_dry_run(decided)
     release.add_argument("--reason", type=_text, metavar="TEXT", help="why it is refused")
     rollback = with_step(add("rollback", _rollback, "make the champion before this one serve again"))
     rollback.add_argument(
-        "--to", type=_text, metavar="VERSION", help="another version that was champion (default: the one before)"
+        "--to", type=_version, metavar="VERSION", help="another version that was champion (default: the one before)"
     )
     rollback.add_argument("--reason", type=_text, metavar="TEXT", help="noted on the version that is left")
     _with_dry_run(rollback)
@@ -212,7 +213,7 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         limits.add_argument(name, type=kind, default=default, metavar=unit, help=f"{text} (default: %(default)s)")
     webhook = with_step(add("webhook", _webhook, "let MLflow tell a serving process when an alias moves"))
     webhook.add_argument(
-        "--url", required=True, help="of the serving process; the secret is read from ENCODE_WEBHOOK_SECRET"
+        "--url", required=True, help=f"of the serving process; the secret is read from {_WEBHOOK_SECRET}"
     )
     score = with_step(add("score", _score, "score items for a user with what serves now"))
     score.add_argument("--user", type=_id, required=True, help="user id")
@@ -313,6 +314,13 @@ def _text(text: str) -> str:
     return text
 
 
+def _version(text: str) -> str:
+    number = _text(text).strip()
+    if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected the number of a version, as MLflow shows it")
+    return number
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"found {text}, expected 0 to 65535")
@@ -380,7 +388,10 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _given(options: argparse.Namespace) -> tuple[Config, Places, Callable[[str], None]]:
-    """Return settings, places, and who is told of progress; what takes seconds to import comes after they are right."""
+    """Return settings, places, and who is told of progress.
+
+    A command checks its own options before this, and imports what takes seconds after it.
+    """
     return _config(options), _places(options), _say(options)
 
 
@@ -436,7 +447,8 @@ def _days(options: argparse.Namespace) -> tuple[str | None, str | None]:
 def _validate(options: argparse.Namespace) -> None:
     from encode.schema import resolve_window
 
-    window, (config, places, say) = resolve_window(*_days(options)), _given(options)
+    window = resolve_window(*_days(options))
+    config, places, say = _given(options)
 
     from encode import plan, steps
 
@@ -447,7 +459,8 @@ def _validate(options: argparse.Namespace) -> None:
 def _replay(options: argparse.Namespace) -> None:
     from encode.schema import resolve_window
 
-    window, (config, places, say) = resolve_window(*_days(options)), _given(options)
+    window = resolve_window(*_days(options))
+    config, places, say = _given(options)
 
     from encode import plan, steps
 
@@ -470,7 +483,8 @@ def _docs(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from encode.schema import parse_day
 
-    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+    as_of = parse_day(options.as_of, "--as-of")
+    config, places, say = _given(options)
 
     from encode import plan, steps
 
@@ -481,7 +495,8 @@ def _train(options: argparse.Namespace) -> None:
 def _refresh(options: argparse.Namespace) -> None:
     from encode.schema import parse_day
 
-    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+    as_of = parse_day(options.as_of, "--as-of")
+    config, places, say = _given(options)
 
     from encode import plan, steps
 
@@ -536,27 +551,26 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from encode.serving.keys import hash_of, new_key, read_hashes, require_keys
-
     if options.new_key:
-        key = new_key()
-        _show(options, {"key": key, "sha256": hash_of(key)})
-        if not options.json:
-            print(f"key     {key}\nsha256  {hash_of(key)}")
+        _new_key(options)
         return
+
+    from encode.serving.keys import read_hashes, require_keys
+    from encode.serving.shard import Shard
+
     environment = _environment()
     hashes = read_hashes(options.keys, environment.get("ENCODE_SERVING_KEYS", ""))
     require_keys(options.host, hashes)
+    shard = Shard.parse(options.shard)
     config, places, _ = _given(options)
-    cache = options.cache or (options.workdir or HOME) / "snapshots"
 
     from encode.serving.app import create_app
     from encode.serving.limits import Limits
-    from encode.serving.local_snapshot import Shard, claimed
+    from encode.serving.local_snapshot import claimed
     from encode.serving.rollout import Rollout
     from encode.serving.server import serve
-    from encode.serving.webhook import SECRET
 
+    cache = options.cache or (options.workdir or HOME) / "snapshots"
     app = create_app(
         places,
         config.registry,
@@ -566,28 +580,34 @@ def _serve(options: argparse.Namespace) -> None:
         limits=Limits(options.max_body, options.receive_timeout, options.max_requests, options.deadline),
         hashes=hashes,
         rollout=Rollout(
-            Shard.parse(options.shard),
-            options.max_model_ms,
-            options.challenger,
-            options.challenger_share,
-            options.shadow_share,
+            shard, options.max_model_ms, options.challenger, options.challenger_share, options.shadow_share
         ),
-        webhook_secret=environment.get(SECRET, ""),
+        webhook_secret=environment.get(_WEBHOOK_SECRET, ""),
     )
     with claimed(cache):
         serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
 
 
+def _new_key(options: argparse.Namespace) -> None:
+    from encode.serving.keys import hash_of, new_key
+
+    key = new_key()
+    _show(options, {"key": key, "sha256": hash_of(key)})
+    if not options.json:
+        print(f"key     {key}\nsha256  {hash_of(key)}")
+
+
 def _webhook(options: argparse.Namespace) -> None:
+    from encode.errors import ConfigError
+
+    secret = _environment().get(_WEBHOOK_SECRET)
+    if not secret:
+        raise ConfigError(f"{_WEBHOOK_SECRET} is not set; give the serving process and this command the same secret")
     config, places, _ = _given(options)
 
-    from encode.errors import ConfigError
     from encode.registry import Registry
-    from encode.serving.webhook import PATH, SECRET
+    from encode.serving.webhook import PATH
 
-    secret = _environment().get(SECRET)
-    if not secret:
-        raise ConfigError(f"{SECRET} is not set; give the serving process and this command the same secret")
     url = options.url.rstrip("/") + PATH
     webhook = Registry(places, config.registry).notify(url, secret)
     _show(options, {"webhook": webhook, "url": url})
@@ -641,30 +661,30 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _lineage(options: argparse.Namespace) -> None:
-    config, places, _ = _given(options)
-
     from encode.errors import ArtifactError, ConfigError
-    from encode.lineage_names import named
-    from encode.schema import number_of
-    from encode.storage import open_storage
+    from encode.lineage_names import named, uri_of
 
-    storage = open_storage(places, writing=False)
-    is_score = options.what == "-" or Path(options.what).is_file()
+    config, places, _ = _given(options)
+    what, is_stdin = options.what, options.what == "-"
+    is_score = is_stdin or Path(what).is_file()
+    if not is_score and what.endswith(".json"):
+        raise ConfigError(f"lineage: {what}: no such file")
     if not is_score:
-        if options.what.endswith(".json"):
-            raise ConfigError(f"lineage: {options.what}: no such file")
-        named(options.what, storage.uri)
+        named(what, uri_of(places.store))
 
     from encode.lineage import Lineage
     from encode.lineage_text import tree
     from encode.registry import Registry
+    from encode.schema import number_of
+    from encode.storage import open_storage
 
-    lineage = Lineage(storage, Registry(places, config.registry), verify=options.verify)
+    storage, registry = open_storage(places, writing=False), Registry(places, config.registry)
+    lineage = Lineage(storage, registry, verify=options.verify)
     if is_score:
-        data = sys.stdin.buffer.read() if options.what == "-" else Path(options.what).read_bytes()
-        found = lineage.of_score(data, "stdin" if options.what == "-" else options.what)
+        data = sys.stdin.buffer.read() if is_stdin else Path(what).read_bytes()
+        found = lineage.of_score(data, "stdin" if is_stdin else what)
     else:
-        found = lineage.trace(options.what)
+        found = lineage.trace(what)
     _show(options, found.as_json())
     if not options.json:
         for line in tree(found):
@@ -678,7 +698,8 @@ def _lineage(options: argparse.Namespace) -> None:
 def _monitor(options: argparse.Namespace) -> None:
     from encode.schema import parse_day
 
-    as_of, (config, places, say) = parse_day(options.as_of, "--as-of"), _given(options)
+    as_of = parse_day(options.as_of, "--as-of")
+    config, places, say = _given(options)
 
     from encode.monitoring.watch import Watch
     from encode.monitoring.words import lines
@@ -697,6 +718,8 @@ def _feedback(options: argparse.Namespace) -> None:
 
     if options.plot and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot: found {options.plot}, expected a name that ends in .png, .svg or .pdf")
+    if options.source and not options.source.exists():
+        raise ConfigError(f"feedback: {options.source}: no such file or folder")
     config, places, _ = _given(options)
 
     from encode.lineage import Lineage

@@ -312,7 +312,9 @@ def load_config(preset: str) -> Config:
     config = _validated(preset, {"name": Path(preset).stem} | values)
     source = config.source
     if folder and source.path and not source.path.is_absolute():
-        path = (folder / source.path.parent).resolve() / source.path.name
+        path = folder / source.path
+        # A link keeps its own name; `.` and `..` are none.
+        path = path.resolve() if source.path.name in ("", "..") else path.parent.resolve() / path.name
         config = config.model_copy(update={"source": source.model_copy(update={"path": path})})
     return config
 

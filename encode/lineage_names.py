@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from encode.errors import ConfigError
 
@@ -17,6 +18,14 @@ _PATTERNS = {
     "output": OUTPUT,
     "snapshot": re.compile(r"\d{8}-\w+"),
 }
+
+
+def uri_of(store: str) -> str:
+    """Return the URI that the store of `Places` has once it is open, for a name to be read before."""
+    if store.startswith("s3://"):
+        bucket, _, prefix = store.removeprefix("s3://").partition("/")
+        return f"s3://{bucket}/{prefix.strip('/')}".rstrip("/")
+    return str(Path(store.removeprefix("file://")).absolute())
 
 
 def named(what: str, store: str) -> tuple[str, str]:

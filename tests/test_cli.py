@@ -12,9 +12,11 @@ import pytest
 
 from encode.config import Places, RegistryConfig
 from encode.errors import ArtifactError
+from encode.lineage_names import uri_of
 from encode.quickstart import _told
 from encode.registry import Registry
 from encode.stack.home import make_folder, open_state
+from encode.storage import open_storage
 
 SMALL = Path(__file__).parent / "samples" / "small.yaml"
 
@@ -106,6 +108,11 @@ def test_an_erased_user_is_forgotten_by_the_next_refresh(workdir):
         (["release", "--refuse", "1", "--reason", " ", "--workdir", "x"], 2, "argument --reason: found nothing"),
         (["release", "--approve", "", "--workdir", "x"], 2, "argument --approve: found nothing, expected a text"),
         (["rollback", "--to", "", "--workdir", "x"], 2, "argument --to: found nothing"),
+        (["rollback", "--to", "abc", "--workdir", "x"], 2, "--to: found 'abc', expected the number of a version"),
+        (["release", "--approve", "0", "--workdir", "x"], 2, "--approve: found '0', expected the number of a version"),
+        (["feedback", "none.parquet", "--workdir", "x"], 2, "feedback: none.parquet: no such file or folder"),
+        (["webhook", "--url", "http://s", "--workdir", "x"], 2, "ENCODE_WEBHOOK_SECRET is not set; give the serving"),
+        (["serve", "--shard", "9/4", "--workdir", "x"], 2, "shard: found '9/4', expected PLACE/COUNT"),
         (["serve", "--port", "99999"], 2, "argument --port: found 99999, expected 0 to 65535"),
         (["stack", "up", "--mlflow-port", "-1"], 2, "argument --mlflow-port: found -1, expected 0 to 65535"),
         (["train", "--as-of", "2024-01-01", "--workdir", "x"], 1, "no validated day before 2024-01-01; validate"),
@@ -144,30 +151,54 @@ REFUSED = [
     ["validate", "--start", "2024-01-01", "--preset", "bad"],
     ["train", "--as-of", "soon"],
     ["refresh", "--as-of", "2024-01-01", "--workdir", "mistyped", "--dry-run"],
+    ["release", "--refuse", "abc", "--reason", "slow", "--workdir", "x"],
     ["rollback", "--dry-run"],
+    ["rollback", "--to", "abc", "--workdir", "x"],
     ["prune", "--dry-run"],
     ["erase", "1"],
     ["lineage", "foo"],
     ["lineage", "foo", "--workdir", "x"],
+    ["lineage", "foo.json", "--workdir", "x"],
     ["monitor", "--as-of", "soon"],
     ["feedback", "--preset", "bad"],
+    ["feedback", "none.parquet", "--workdir", "x"],
     ["score", "--user", "1", "--items", "2"],
     ["serve", "--preset", "bad"],
-    ["webhook", "--url", "http://127.0.0.1:1", "--preset", "bad"],
+    ["serve", "--shard", "9/4", "--workdir", "x"],
+    ["webhook", "--url", "http://127.0.0.1:1", "--workdir", "x"],
     ["quickstart", "--preset", "bad"],
 ]
+ENDS_AND_SLOW_IMPORTS = """
+import json, sys
+from encode import cli
+
+def end(arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit:
+        return exit.code
+
+ends = [end(arguments) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([ends, sorted({'mlflow', 'torch', 'boto3', 'great_expectations'} & {*sys.modules})]))
+"""
 
 
-def test_what_is_wrong_with_options_is_said_before_anything_slow_is_imported(tmp_path):
+@pytest.mark.parametrize(
+    ("store", "refused"),
+    [("", REFUSED), ("s3://store/log", [["lineage", "foo"], ["lineage", "foo.json"], ["feedback", "none.parquet"]])],
+)
+def test_what_is_wrong_with_options_is_said_before_anything_slow_is_imported(tmp_path, store, refused):
     (tmp_path / "x" / "store").mkdir(parents=True)
-    code = (
-        "import json, sys\nfrom encode import cli\nends = [cli.main(one) for one in json.loads(sys.argv[1])]\n"
-        "print(json.dumps([ends, sorted({'mlflow', 'torch', 'boto3', 'great_expectations'} & {*sys.modules})]))"
-    )
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ENCODE_")}
-    command = [sys.executable, "-c", code, json.dumps(REFUSED)]
-    done = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[2] * len(REFUSED), []], done.stderr
+    command = [sys.executable, "-c", ENDS_AND_SLOW_IMPORTS, json.dumps(refused)]
+    environment = {**inherited, "ENCODE_STORE": store}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [[2] * len(refused), []], done.stderr
+
+
+@pytest.mark.parametrize("store", ["s3://bucket", "s3://bucket//prefix/", "folder", "/folder/", "file:///folder"])
+def test_a_store_has_the_same_uri_before_it_is_open(store):
+    assert uri_of(store) == open_storage(Places(store=store), writing=False).uri
 
 
 @pytest.mark.parametrize("arguments", [["explain", "1"], ["monitor", "--as-of", "2024-01-01"], ["lineage", "1"]])

@@ -24,8 +24,15 @@ def test_a_users_preset_is_named_after_its_file_and_paths_are_relative_to_it(tmp
     config = load_config(write(tmp_path, "source: {reader: taobao, path: UserBehavior.csv}"))
     assert config.name == "mine"
     assert config.source.path == tmp_path / "UserBehavior.csv"
-    for path, found in (("../log", tmp_path.parent / "log"), (".", tmp_path), ("/log", Path("/log"))):
+    above = tmp_path.parent
+    paths = {"../log": above / "log", ".": tmp_path, "..": above, "logs/..": tmp_path, "/log": Path("/log")}
+    for path, found in paths.items():
         assert load_config(write(tmp_path, f"source: {{path: {path}}}")).source.path == found
+
+
+def test_a_log_that_is_a_link_keeps_its_name(tmp_path):
+    (tmp_path / "log.inter").symlink_to(tmp_path / "v7")
+    assert load_config(write(tmp_path, "source: {path: log.inter}")).source.path == tmp_path / "log.inter"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from encode.monitoring.stability import verdict
-from encode.schema import number_of
+from encode.schema import Window, number_of
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 _HEAD = f"  {'':<30}{'before':>10}{'now':>10}{'PSI':>9}{'by chance':>11}  moved"
@@ -53,12 +53,7 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
 def _skew(skew: Mapping[str, Any]) -> Iterator[str]:
     yield f"skew: behaviors of {skew['scored']}"
     yield f"  scored like, and held against, the model's own test days, {skew['trained']}"
-    scored, test = (_DAY.findall(skew[name]) for name in ("scored", "trained"))
-    if scored[0] <= test[-1]:
-        which, remedy = f"up to {test[-1]} they are", "score fewer days"
-        if scored[-1] <= test[-1]:
-            which, remedy = "they are", "validate newer ones first"
-        yield f"  {which} among these days, and show no skew: {remedy}"
+    yield from _not_new(_window(skew["scored"]), _window(skew["trained"]))
     yield from (_HEAD.replace("before", "  test"), _shift("score", skew))
     yield f"  unknown items {skew['unknown_items']:.2%}, users without a history {skew['users_without_history']:.2%}"
     names = {"auc": "AUC", "gauc": "GAUC", "logloss": "log loss", "calibration": "calibration"}
@@ -66,9 +61,32 @@ def _skew(skew: Mapping[str, Any]) -> Iterator[str]:
     yield f"  of the {skew['impressions']:,.0f} impressions scored: {measured}"
 
 
+def _window(words: str) -> Window:
+    """Read what `Window.in_words` wrote."""
+    days = [date.fromisoformat(day) for day in _DAY.findall(words)]
+    return Window(days[0], days[-1] + timedelta(days=1))
+
+
+def _not_new(scored: Window, test: Window) -> Iterator[str]:
+    """Yield which of the scored days the model knows, and what to do; nothing where all are after its test days."""
+    if scored.start >= test.end:
+        return
+    if scored.start < test.start:
+        known = Window(scored.start, min(scored.end, test.start))
+        yield f"  trained on or tuned by, so that scores are too good: {known.in_words()}"
+    if scored.end > test.start:
+        tested = Window(max(scored.start, test.start), min(scored.end, test.end))
+        yield f"  test days themselves, which show no skew: {tested.in_words()}"
+    newer = (scored.end - test.end).days
+    yield f"  to measure skew: {f'--score-days {newer}' if newer > 0 else 'validate newer days first'}"
+
+
 def _shift(name: str, one: Mapping[str, float]) -> str:
-    before, now, psi, chance = (one.get(key, float("nan")) for key in ("before", "now", "psi", "chance"))
-    return f"  {name:<30}{_number(before):>10}{_number(now):>10}{psi:>9.4f}{chance:>11.4f}  {verdict(psi, chance)}"
+    before, now = (_number(one.get(key, float("nan"))) for key in ("before", "now"))
+    measured = f"{'-':>9}{'-':>11}  not measured"
+    if "psi" in one and "chance" in one:
+        measured = f"{one['psi']:>9.4f}{one['chance']:>11.4f}  {verdict(one['psi'], one['chance'])}"
+    return f"  {name:<30}{before:>10}{now:>10}{measured}"
 
 
 def numbers(told: Mapping[str, Any], depth: int = 1) -> Iterator[str]:

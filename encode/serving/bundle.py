@@ -26,7 +26,8 @@ from encode.model.space import Space
 from encode.pointers import Pointer, read_current
 from encode.schema import PADDING, UNKNOWN, digest
 from encode.serving.engine import Engine
-from encode.serving.local_snapshot import ALL_USERS, LocalSnapshot, Shard, fetch_snapshot
+from encode.serving.local_snapshot import LocalSnapshot, fetch_snapshot
+from encode.serving.shard import ALL_USERS, Shard
 from encode.storage import Storage
 
 Chain = tuple[str, Pointer]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +19,8 @@ from encode.interests.snapshots import snapshot_file
 from encode.interests.user_rows import UserRow, UserRows
 from encode.outputs import Manifest, Part, read_part
 from encode.schema import bucket_of, digest
+from encode.serving.shard import ALL_USERS, Shard
 from encode.storage import Storage
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of the users that one replica holds: every `count`-th bucket of a snapshot, from `place` on."""
-
-    place: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Read `PLACE/COUNT`, as in 0/4.
-
-        Raises:
-            ConfigError: it is not of this form, or the place is not below the count.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ConfigError(f"shard: found {text!r}, expected PLACE/COUNT with places from 0 on, as 0/4")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.place}/{self.count}"
-
-
-ALL_USERS = Shard()
 
 
 @contextmanager
@@ -57,7 +30,8 @@ def claimed(cache: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process has it.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    for folder in (cache.parent, cache):  # the home of a stack is its owner's, also when it is made here
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

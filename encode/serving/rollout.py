@@ -13,7 +13,7 @@ import numpy as np
 from encode.errors import ConfigError
 from encode.registry import CHAMPION
 from encode.schema import bucket_of
-from encode.serving.local_snapshot import ALL_USERS, Shard
+from encode.serving.shard import ALL_USERS, Shard
 from encode.serving.trial import NEVER_SLOW_MS, TIMES_SLOWER
 
 Role = Literal["champion", "challenger"]

@@ -53,23 +53,53 @@ def test_what_moved_since_the_snapshot_before_is_a_table():
     ]
 
 
+@pytest.mark.parametrize("measured", [{}, {"psi": 0.3}, {"chance": 0.01}])
+def test_what_has_no_psi_or_no_chance_is_not_measured(measured):
+    shifted = {"score": {"before": 150.25, **measured}}
+    found = shown(drift=drift(before="20240229-a", sampled_users_kept=0.0, measures=shifted))
+    assert found[-1].split() == ["score", "150.2", "-", "-", "-", "not", "measured"]
+
+
+EARLY = "trained on or tuned by, so that scores are too good:"
+TESTED = "test days themselves, which show no skew:"
+NONE_NEWER = "to measure skew: validate newer days first"
+
+
 @pytest.mark.parametrize(
     ("scored", "told"),
     [
-        (TEST, "they are among these days, and show no skew"),
-        ("2024-02-29", "they are among these days, and show no skew"),
-        ("2024-02-28 to 2024-03-05 (7 days)", "up to 2024-02-29 they are among these days, and show no skew"),
-        ("2024-03-01 to 2024-03-02 (2 days)", None),
+        (TEST, [f"{TESTED} {TEST}", NONE_NEWER]),
+        ("2024-02-29", [f"{TESTED} 2024-02-29", NONE_NEWER]),
+        (
+            "2024-01-31 to 2024-02-29 (30 days)",
+            [f"{EARLY} 2024-01-31 to 2024-02-22 (23 days)", f"{TESTED} {TEST}", NONE_NEWER],
+        ),
+        (
+            "2024-02-22 to 2024-02-23 (2 days)",
+            [f"{EARLY} 2024-02-22", f"{TESTED} 2024-02-23", NONE_NEWER],
+        ),
+        ("2024-02-01 to 2024-02-10 (10 days)", [f"{EARLY} 2024-02-01 to 2024-02-10 (10 days)", NONE_NEWER]),
+        ("2024-02-22", [f"{EARLY} 2024-02-22", NONE_NEWER]),
+        (
+            "2024-02-28 to 2024-03-05 (7 days)",
+            [f"{TESTED} 2024-02-28 to 2024-02-29 (2 days)", "to measure skew: --score-days 5"],
+        ),
+        (
+            "2024-02-20 to 2024-03-01 (11 days)",
+            [f"{EARLY} 2024-02-20 to 2024-02-22 (3 days)", f"{TESTED} {TEST}", "to measure skew: --score-days 1"],
+        ),
+        ("2024-03-01 to 2024-03-02 (2 days)", []),
     ],
 )
-def test_days_that_the_model_was_tested_on_are_said_to_show_no_skew(scored, told):
+def test_scored_days_that_the_model_knows_are_named_with_what_to_do(scored, told):
     found = shown(skew=skew(scored))
     assert found[4:6] == [
         f"skew: behaviors of {scored}",
         f"  scored like, and held against, the model's own test days, {TEST}",
     ]
-    explained = [line.strip().partition(":")[0] for line in found if "show no skew" in line]
-    assert explained == ([told] if told else [])
+    after = 6 + len(told)
+    assert found[6:after] == [f"  {line}" for line in told]
+    assert found[after].split() == ["test", "now", "PSI", "by", "chance", "moved"]
     assert "  unknown items 1.25%, users without a history 50.00%" in found
     assert found[-1] == "  of the 34,030 impressions scored: AUC 0.7500"
 

@@ -21,8 +21,8 @@ from encode.interests.snapshots import write_space
 from encode.registry import CHAMPION, Registry
 from encode.serving.app import create_app
 from encode.serving.bundle import Asked, Bundle, load_bundle
-from encode.serving.local_snapshot import Shard
 from encode.serving.rollout import Rollout, Watch
+from encode.serving.shard import Shard
 from encode.serving.trial import Recorder, try_bundle
 from encode.serving.webhook import signature
 from encode.storage import open_storage

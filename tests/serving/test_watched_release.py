@@ -91,7 +91,7 @@ def test_scoring_the_days_of_the_test_again_shows_no_skew(storage, known, releas
     assert drift["sample"] == {"users": drift["users"], "buckets": buckets, "of_buckets": buckets}
     first, last = as_of - timedelta(released.card.test_days), as_of - timedelta(1)
     assert told["skew"]["scored"].startswith(f"{first} to {last} (")
-    assert "they are among these days, and show no skew" in shown
+    assert f"test days themselves, which show no skew: {told['skew']['scored']}" in shown
 
 
 def test_what_is_ahead_of_the_day_that_is_asked_about_has_no_negative_age(storage, known, released):

@@ -14,8 +14,8 @@ import yaml
 
 from encode.cli import _parser
 from encode.config import Places
-from encode.serving.local_snapshot import Shard
 from encode.serving.probes import OPEN_PATHS
+from encode.serving.shard import Shard
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "infra" / "kubernetes"
