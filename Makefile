@@ -30,6 +30,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  || { cat $(VENV)/pip.err; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
+	@echo "installed; \`make run\` starts everything on a real log, \`make help\` lists the rest"
 
 run: $(STAMP) ## start the local stack and run everything through Airflow on a real log
 	@exec $(BIN)/encode quickstart --preset $(PRESET)

@@ -26,6 +26,7 @@ from encode_wiring import (
     COMMON,
     INTERESTS,
     day_param,
+    documented,
     dry_run_param,
     preset_param,
     resolved,
@@ -39,7 +40,7 @@ from encode_wiring import (
         "as_of": day_param("As of", "Behaviors before this day are used. Empty: the end of what triggered the run."),
         "dry_run": dry_run_param(),
     },
-    doc_md=__doc__,
+    **documented(__doc__),
     **COMMON,
 )
 def encode_refresh() -> None:

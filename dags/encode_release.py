@@ -16,16 +16,15 @@ from __future__ import annotations
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import COMMON, INTERESTS, dry_run_param, places, preset_param, resolved
+from encode_wiring import COMMON, INTERESTS, documented, dry_run_param, places, preset_param, resolved, why_asked
 
-APPROVE, REJECT = "Approve", "Reject"
-NOTED = "Noted on the version if it is rejected."
+APPROVE, REJECT, NOTED = "Approve", "Reject", "Noted on the version if it is rejected."
 
 
 @dag(
     schedule=[INTERESTS],
     params={"preset": preset_param(), "dry_run": dry_run_param()},
-    doc_md=__doc__,
+    **documented(__doc__),
     **COMMON,
 )
 def encode_release() -> None:
@@ -39,7 +38,7 @@ def encode_release() -> None:
 
     @task.short_circuit(ignore_downstream_trigger_rules=False, doc_md="Skips the question where nobody is to be asked.")
     def needs_approval(judged):
-        print(_why_asked(judged))
+        print(why_asked(judged))
         return judged["approval"]
 
     # ApprovalOperator would skip the task that notes a rejection.
@@ -67,14 +66,6 @@ def encode_release() -> None:
     judged = judge()
     needs_approval(judged) >> approve
     release(judged, approve.output)
-
-
-def _why_asked(judged) -> str:
-    """Return for people whether `approve` is skipped, and why."""
-    if judged["approval"]:
-        return f"a person is asked about version {judged['version']}: the preset has release.approval"
-    passed = "subject" in judged  # what was judged
-    return "nobody is asked: " + ("the preset has no release.approval" if passed else judged["outcome"])
 
 
 def _refusal(answer) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from airflow.sdk import Param, dag, task
 
-from encode_wiring import COMMON, dry_run_param, places, preset_param, resolved
+from encode_wiring import COMMON, documented, dry_run_param, places, preset_param, resolved
 
 
 @dag(
@@ -34,7 +34,7 @@ from encode_wiring import COMMON, dry_run_param, places, preset_param, resolved
         ),
         "dry_run": dry_run_param(),
     },
-    doc_md=__doc__,
+    **documented(__doc__),
     **COMMON,
 )
 def encode_rollback() -> None:

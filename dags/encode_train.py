@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from airflow.sdk import dag, task
 
-from encode_wiring import CANDIDATE, COMMON, day_param, dry_run_param, preset_param, resolved, schedule
+from encode_wiring import CANDIDATE, COMMON, day_param, documented, dry_run_param, preset_param, resolved, schedule
 
 
 @dag(
@@ -28,7 +28,7 @@ from encode_wiring import CANDIDATE, COMMON, day_param, dry_run_param, preset_pa
         "as_of": day_param("As of", "Behaviors before this day are used. Empty: the end of the scheduled interval."),
         "dry_run": dry_run_param(),
     },
-    doc_md=__doc__,
+    **documented(__doc__),
     **COMMON,
 )
 def encode_train() -> None:

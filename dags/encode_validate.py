@@ -26,6 +26,7 @@ from encode_wiring import (
     COMMON,
     RAW,
     day_param,
+    documented,
     dry_run_param,
     preset_param,
     resolved,
@@ -49,7 +50,7 @@ from encode_wiring import (
         ),
         "dry_run": dry_run_param(),
     },
-    doc_md=__doc__,
+    **documented(__doc__),
     **COMMON,
 )
 def encode_validate() -> None:

@@ -127,6 +127,19 @@ def skip_where_nothing_is_new(summary: dict[str, Any], replay: bool) -> None:
         raise AirflowSkipException("the histories hold all behaviors of these days: nothing is triggered")
 
 
+def documented(doc: str) -> dict[str, str]:
+    """Return what the UI says of a DAG: in the list the title of its page, and the page."""
+    return {"description": doc.partition("\n")[0].lstrip("# "), "doc_md": doc}
+
+
+def why_asked(judged: Any) -> str:
+    """Return for people whether `approve` is skipped, and why."""
+    if judged["approval"]:
+        return f"a person is asked about version {judged['version']}: the preset has release.approval"
+    passed = "subject" in judged  # what was judged
+    return "nobody is asked: " + ("the preset has no release.approval" if passed else judged["outcome"])
+
+
 def resolved(context: Any, *, days: bool = True, as_of: bool = False) -> Run:
     """Resolve what a run was asked for, and say it.
 

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_erasure(add: Callable[..., Any], with_step: Callable[..., Any]) -> None:
     text = "keep users out of everything that is made from now on, and say where they still are"
     erase = with_step(add("erase", _erase, text))
-    erase.add_argument("users", type=int, nargs="+", metavar="USER", help="user id")
+    erase.add_argument("users", type=_id, nargs="+", metavar="USER", help="user id")
     erase.add_argument("--check", action="store_true", help="only say where they still are")
     prune = with_step(add("prune", _prune, "remove old histories and snapshots that nothing reaches"))
     prune.add_argument(
@@ -369,8 +369,8 @@ def _places(options: argparse.Namespace) -> Places:
 
         if is_stopped(HOME):
             raise ConfigError(
-                f"the local stack in {HOME} is stopped: `encode stack up` starts it; or set ENCODE_STORE to another "
-                "store"
+                f"the object store of the local stack in {HOME} is stopped: `encode stack up` starts what is; or set "
+                "ENCODE_STORE to another store"
             )
     return Places.from_environment(_environment())
 

@@ -17,6 +17,7 @@ from encode.monitoring.stability import counts_of, edges_of, psi
 from encode.pages import POLICY
 from encode.registry import Version
 from encode.release_plots import Line, plot
+from encode.schema import Window
 from encode.serving.bundle import Bundle
 
 MEANINGS = {
@@ -139,7 +140,7 @@ def to_html(title: str, gates: Sequence[Gate], candidate: Side, champion: Side |
     missed = [gate for gate in gates if not gate.passed]
     verdict = f"is refused: {len(missed)} of {len(gates)} gates missed" if missed else f"passed its {len(gates)} gates"
     number, card, metrics = candidate.version.number, candidate.bundle.card, candidate.measured.metrics
-    test = f"{card.as_of - timedelta(days=card.test_days)} to {card.as_of}"
+    test = Window(card.as_of - timedelta(days=card.test_days), card.as_of).in_words()
     beside = f"beside champion version {champion.version.number}" if champion else "there is no champion yet"
     shown = " · ".join(f'<a href="{escape(url)}" target="_blank">{escape(name)}</a>' for name, url in links.items())
     return f"""<!doctype html>

@@ -129,7 +129,7 @@ def test_a_stopped_stack_is_named_with_what_starts_it(no_places, capsys, argumen
         home.write_client_environment(no_places, {"ENCODE_STORE": "s3://encode"})
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
-    assert f"the local stack in {no_places} is stopped: `encode stack up` starts it" in told
+    assert f"the object store of the local stack in {no_places} is stopped: `encode stack up` starts what is" in told
     assert "Traceback" not in told
 
 

@@ -76,7 +76,7 @@ def test_the_page_says_who_passed_and_shows_each_gate_beside_the_champion(side):
     text = page(side("7"), side("3", auc=0.79))
     assert "encode-ctr version 7" in text
     assert "passed its 14 gates" in text
-    assert "400 impressions (200 positive) of 2024-03-10 to 2024-03-11, beside champion version 3" in text
+    assert "400 impressions (200 positive) of 2024-03-10, beside champion version 3" in text
     rows = {row[0]: row[1:] for row in Page(text).rows}
     assert rows["auc"][:4] == ["0.8", "0.79", ">= 0.6", "passed"]
     assert rows["auc_over_champion"][:4] == ["0.01", "", ">= -0.002", "passed"]

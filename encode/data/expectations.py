@@ -9,6 +9,7 @@ days before it. A failed `critical` expectation refuses the day, a failed `warni
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import warnings
@@ -215,6 +216,7 @@ def _import(name: str) -> Any:
 def _batch_definition() -> Any:
     """Return how a frame becomes a batch, in the one context of this process; the import takes seconds."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)  # else 200 lines in the log of each task
     context = _import("great_expectations").get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False, "metric_calculations": False, "profilers": False}
     asset = context.data_sources.add_pandas("behaviors").add_dataframe_asset("day")

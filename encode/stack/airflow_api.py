@@ -23,6 +23,7 @@ PAGE = 100
 _PRINTED = "task.stdout"
 _OVER = ("success", "failed")
 _BACKFILL_TRIES = 20
+_BUSY_TRIES = 5
 
 # An import error that the DAG processor has not taken back for so long is not of an older file.
 IMPORT_ERROR_PATIENCE = 20.0
@@ -305,6 +306,12 @@ class AirflowClient:
         answer = self._http.request(method, f"/api/v2{path}", **options)
         if answer.status_code == 401:
             self._log_in()
+            answer = self._http.request(method, f"/api/v2{path}", **options)
+        # On SQLite, which has one writer, a change may fail beside others; to repeat these changes nothing.
+        tries = _BUSY_TRIES if method in ("GET", "PATCH") else 0
+        while answer.status_code in (500, 503) and answer.status_code not in accept and tries:
+            time.sleep(POLL_INTERVAL)
+            tries -= 1
             answer = self._http.request(method, f"/api/v2{path}", **options)
         return _checked(answer, accept)
 

@@ -221,11 +221,30 @@ def locked(home: Path) -> Iterator[None]:
 
 
 def remove(home: Path) -> None:
-    """Remove what the stack made in `home`, and `home` itself when nothing else is left in it."""
-    for name in (*FOLDERS, *COMMANDS_FOLDERS):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(home / name)
+    """Remove what the stack made in `home`, and `home` itself when nothing else is left in it.
+
+    Raises:
+        ConfigError: A server that was started by hand has its snapshots there; nothing was removed.
+    """
+    with _unserved(home / "snapshots"):
+        for name in (*FOLDERS, *COMMANDS_FOLDERS):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(home / name)
     for name in FILES:
         (home / name).unlink(missing_ok=True)
     with suppress(OSError):
         home.rmdir()
+
+
+@contextmanager
+def _unserved(cache: Path) -> Iterator[None]:
+    """Hold the lock that `encode serve` holds on its folder of snapshots."""
+    cache.mkdir(exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{cache}: an `encode serve` that was started by hand serves from it, nothing was removed; stop it"
+            ) from None
+        yield

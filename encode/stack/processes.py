@@ -124,7 +124,7 @@ def is_running(record: ProcessRecord) -> bool:
 
 
 def belonging_to(record: ProcessRecord) -> list[psutil.Process]:
-    """The processes that live because of `record`: session, descendants, bearers of its marker."""
+    """The processes that live because of `record`: session, descendants, bearers of its marker; never this process."""
     session = [process for process in _all_processes() if _session_of(process.pid) == record.pid]
     if not _is_own_session(session, record):
         session = []
@@ -202,7 +202,7 @@ def stop(records: Sequence[ProcessRecord], *, grace: float = 10.0) -> None:
     for process in known:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _wait_gone(known, grace)
+    wait_gone(known, grace)
     # Those known before too: with its parent gone, a stray descendant cannot be found any more.
     _kill_all(lambda: [*filter(_is_alive, known), *_belonging_to_any(records)])
 
@@ -226,10 +226,11 @@ def _kill_all(find: Callable[[], list[psutil.Process]]) -> None:
         for process in targets:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        _wait_gone(targets, 1.0)
+        wait_gone(targets, 1.0)
 
 
-def _wait_gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
+def wait_gone(processes: Sequence[psutil.Process], seconds: float) -> bool:
+    """Wait until `processes` are gone, `seconds` at most, and tell whether they are. A zombie is gone."""
     deadline = time.monotonic() + seconds
     left = list(processes)
     while True:

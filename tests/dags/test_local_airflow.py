@@ -386,13 +386,19 @@ def test_what_cannot_be_backfilled_says_so(airflow):
         airflow.backfill("encode_train", FIRST, FIRST)
 
 
-def test_airflow_is_stopped_when_a_part_of_it_dies(first, home):
+def test_airflow_is_stopped_with_its_running_tasks_when_a_part_of_it_dies(first, home, airflow):
     """The last but one in this file: what is left of it never looks like a whole."""
-    airflow = read_state(home).entries["airflow"].process
-    next(one for one in psutil.Process(airflow.pid).children() if "triggerer" in one.cmdline()).kill()
-    wait_for(lambda: not runs(airflow.pid), 60)
+    record = read_state(home).entries["airflow"].process
+    run = airflow.trigger("encode_validate", {"start": str(FIRST), "end": str(END)})
+    task = wait_for(lambda: task_of(airflow, run)["pid"])
+    os.kill(task, signal.SIGSTOP)  # so that it is not over before
+    everything = [process.pid for process in belonging_to(record)]
+    assert task in everything
+    next(one for one in psutil.Process(record.pid).children() if "scheduler" in one.cmdline()).kill()
+    wait_for(lambda: not runs(record.pid), 60)
+    assert [pid for pid in everything if runs(pid)] == []
     assert {one.name: one.state for one in status(home)}["airflow"] == "stopped"
-    assert "triggerer ended with status -9" in (home / "logs" / "airflow.log").read_text()
+    assert "scheduler ended with status -9" in (home / "logs" / "airflow.log").read_text()
 
 
 def test_going_down_leaves_no_process(first, home):

@@ -42,7 +42,7 @@ print("FOUND " + json.dumps({
     "refusals": [encode_release._refusal(one) for one in (
         None, answer("Approve", "ignored"), answer("Reject", "slow"), answer("Reject", None, None)
     )],
-    "asked": [encode_release._why_asked(one) for one in (
+    "asked": [encode_release.why_asked(one) for one in (
         {"approval": True, "outcome": "passed", "version": "2", "subject": "?"},
         {"approval": False, "outcome": "passed", "version": "2", "subject": "?"},
         {"approval": False, "outcome": "nothing to release"},

@@ -93,6 +93,16 @@ def test_other_answers_pass_through_with_the_explanation(airflow, client):
         client.run("d", "r")
 
 
+def test_what_changes_nothing_the_second_time_is_asked_again_where_the_database_was_busy(airflow, client):
+    busy = 500, {"detail": "database is locked"}
+    airflow.answers["PATCH", "/dags/d"] = [busy, busy, (200, {})]
+    client.unpause("d")
+    assert [method for method, path in airflow.requests if path.endswith("/dags/d")] == ["PATCH"] * 3
+    airflow.answers["POST", "/dags/d/dagRuns"] = [busy, (200, {})]
+    with pytest.raises(httpx.HTTPStatusError, match="HTTP 500"):
+        client.trigger("d")
+
+
 def test_wait_says_each_change_and_each_printed_line_once_and_returns_the_run(airflow, client):
     airflow.answers["GET", "/dags/d/dagRuns/r"] = [(200, {"state": "running"})] * 5 + [(200, {"state": "success"})]
     airflow.answers["GET", "/dags/d/dagRuns/r/taskInstances"] = [

@@ -20,6 +20,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from encode.errors import ArtifactError, ConfigError
+from encode.serving.local_snapshot import claimed
 from encode.stack import components, health, home, local, policies
 
 SMALL = ("objectstore", "mlflow")
@@ -277,6 +278,20 @@ def test_down_leaves_no_process_up_finds_the_data_and_clean_removes_it(tmp_path)
     local.clean(folder, say=quiet)
     assert running_in(folder) == []
     assert [found.name for found in folder.iterdir()] == ["notes.txt"]
+
+
+def test_clean_leaves_a_server_that_was_started_by_hand_its_snapshots(tmp_path):
+    folder = tmp_path / "home"
+    with claimed(folder / "snapshots"):
+        assert mode(folder) == 0o700, "also when the server makes the home"
+        home.make_folder(folder)
+        home.open_state(folder)
+        (folder / "logs").mkdir()
+        with pytest.raises(ConfigError, match="serves from it, nothing was removed; stop it"):
+            local.clean(folder, say=quiet)
+        assert sorted(found.name for found in folder.iterdir()) == ["lock", "logs", "snapshots", "state.json"]
+    local.clean(folder, say=quiet)
+    assert not folder.exists()
 
 
 def test_a_folder_without_a_stack_has_nothing_to_remove(tmp_path):
