@@ -21,8 +21,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +38,7 @@ from encode.model.ctr import Encode, Reader, Recent, User
 from encode.model.files import UserState, read_user
 from encode.model.long_term import Sizes, Target
 from encode.quality.rivals.attention import FullAttention, Whole
-from encode.serving.engine import Engine
+from encode.serving.engine import Engine, one_thread
 from encode.serving.messages import MAX_CANDIDATES
 
 CANDIDATES, LENGTH, FULL_LENGTH, MODEL_CLUSTERS = 1_000, 1_000, 10_000, 32
@@ -87,22 +86,24 @@ Request = Callable[[int], Any]
 def model_time(served: Served, length: int, count: int) -> Request:
     """Return what answers from a user's id and the vocabulary indices of candidates."""
     engine = Engine(served.space, served.reader)
-    return _from_row(served, length, count, engine.score_user)
+    return _from_row(served, length, count, engine.score)
 
 
 def by_training_code(served: Served, length: int, count: int) -> Request:
     """Return the same by `read_user`."""
     reader, items = served.reader, served.space.items
-    return _from_row(served, length, count, lambda user, target: read_user(reader, items, user, target).sigmoid())
+
+    def score(user: UserState, target: np.ndarray) -> np.ndarray:
+        return read_user(reader, items, user, torch.from_numpy(target)).sigmoid().numpy()
+
+    return _from_row(served, length, count, score)
 
 
-def _from_row(
-    served: Served, length: int, count: int, score: Callable[[UserState, torch.Tensor], torch.Tensor]
-) -> Request:
-    targets = [torch.from_numpy(served.candidates(length, place, count)) for place in range(USERS)]
+def _from_row(served: Served, length: int, count: int, score: Callable[[UserState, np.ndarray], np.ndarray]) -> Request:
+    targets = [served.candidates(length, place, count) for place in range(USERS)]
     users = [served.user_id(length, place) for place in range(USERS)]
 
-    def request(number: int) -> torch.Tensor:
+    def request(number: int) -> np.ndarray:
         place = number % USERS
         return score(state_of(served.snapshot.find(users[place]), served.space), targets[place])
 
@@ -177,17 +178,6 @@ def floor(count: int, num_clusters: int, pace: Pace) -> dict[str, float]:
 
 
 # --- results -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let PyTorch compute on the calling thread alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure_model(by_clusters: Mapping[int, Served], count: int, pace: Pace) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from encode.config import Places, RegistryConfig
-from encode.interests.extract import state_of
 from encode.model.ctr import Reader, Recent, User
 from encode.model.long_term import History, LongTerm, Sizes, Target
 from encode.quality.rivals import eta, sim
@@ -29,7 +28,7 @@ from encode.quality.rivals.sdim import Sdim
 from encode.quality.rivals.sim import SimHard, SimSoft
 from encode.schema import PADDING
 from encode.serving.app import create_app
-from encode.serving.bundle import Asked, Bundle, Scored
+from encode.serving.bundle import Asked, Bundle, Found
 from encode.serving.server import serve
 
 
@@ -58,21 +57,24 @@ class WholeHistories(Bundle):
     kept: Mapping[int, User]
     """What does not depend on the target, where the model keeps that."""
 
+    def look_up(self, asked: Asked) -> Found:
+        """Return who the user is, beside the recent behaviors; only users with a history here can be asked for."""
+        found = super().look_up(asked)
+        return found._replace(user=(asked.user_id, found.user.recent))
+
     @torch.inference_mode()
-    def score(self, asked: Asked) -> Scored:
-        """Return the probability of each candidate; only users with a history here can be asked for."""
-        items, index = self.space.items, self._index(asked.item_ids, asked.category_ids)
-        target = torch.from_numpy(index)[None]
-        latest = torch.from_numpy(state_of(self.snapshot.find(asked.user_id), self.space).recent)[None]
+    def compute(self, found: Found) -> np.ndarray:
+        """Return the probability of each candidate by the other model."""
+        user_id, latest = found.user
+        items, target, latest = self.space.items, torch.from_numpy(found.target)[None], torch.from_numpy(latest)[None]
         recently = Recent(
-            items.embedding[latest], items.key[latest], latest != PADDING, torch.zeros(len(index), dtype=torch.int64)
+            items.embedding[latest], items.key[latest], latest != PADDING, torch.zeros_like(target).squeeze(0)
         )
-        user = self.kept.get(asked.user_id) or summarised(self.rival, self, asked.user_id)
+        user = self.kept.get(user_id) or summarised(self.rival, self, user_id)
         logit = self.rival(
             user, recently, Target(items.embedding[target], items.key[target], target, items.category[target])
         )
-        unknown = asked.item_ids[~self.space.vocabulary.is_item(index)]
-        return Scored(logit.sigmoid().numpy(), False, unknown.tolist())
+        return logit.sigmoid().numpy()
 
 
 def summarised(reader: Reader, bundle: WholeHistories, user_id: int) -> User:

@@ -5,12 +5,11 @@ I impressions
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from encode.config import ReleaseConfig, TrainingConfig
 from encode.data.histories import Histories, rows_of, to_batch
@@ -23,6 +22,7 @@ from encode.interests.extract import extract, state_of
 from encode.interests.user_rows import UserRows
 from encode.schema import Window, day_start
 from encode.serving.bundle import Bundle
+from encode.serving.engine import one_thread
 from encode.serving.local_snapshot import LocalSnapshot
 from encode.serving.trial import median_ms
 
@@ -109,12 +109,8 @@ def measure(bundle: Bundle, histories: Histories, days: Window, config: Training
 
 def _latency_ms(bundle: Bundle) -> float:
     """Time a bundle on one thread, as the serving process runs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return median_ms(bundle)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def parity(bundle: Bundle, histories: Histories, replay: Replay, probabilities: Floats) -> float:
@@ -141,8 +137,8 @@ def parity(bundle: Bundle, histories: Histories, replay: Replay, probabilities: 
         for shown in range(first, min(last, first + _PARITY_IMPRESSIONS)):
             since = replay.behavior_index[replay.recent_begin[shown] : replay.recent_end[shown]]
             recent = np.pad(since, (0, replay.recent_length - len(since)))
-            target = torch.from_numpy(replay.target_index[shown : shown + 1])
-            served = bundle.engine.score_user(replace(state, recent=recent), target)
+            target = replay.target_index[shown : shown + 1]
+            served = bundle.engine.score(state._replace(recent=recent), target)
             differences.append(abs(served.item() - float(probabilities[shown])))
     return float(np.max(differences))
 

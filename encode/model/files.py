@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +48,7 @@ class ModelCard(Section):
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True, eq=False)
-class UserState:
+class UserState(NamedTuple):
     """One user as the model sees one: what is cached between requests, free of any target."""
 
     center: Float[np.ndarray, "K P"]
@@ -175,7 +173,7 @@ def load_model(files: Mapping[str, bytes], where: str) -> tuple[ModelCard, Reade
     return card, reader.eval()
 
 
-Score = Callable[[UserState, Int64[Tensor, " B"]], Float[Tensor, " B"]]
+Score = Callable[[UserState, Int64[np.ndarray, " B"]], Float[np.ndarray, " B"]]
 """Gives the probability of each candidate."""
 
 
@@ -195,7 +193,10 @@ def check_mirror(
         ArtifactError: a probability is off by more than 1e-5: model and space are not the ones trained together,
             or this machine computes something else.
     """
-    score = score or (lambda user, target: torch.sigmoid(read_user(reader, table, user, target)))
+
+    def by_reader(user: UserState, target: Int64[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
+        return torch.sigmoid(read_user(reader, table, user, torch.from_numpy(target))).numpy()
+
     try:
         mirror, worst = load(files["mirror.safetensors"]), 0.0
         for place, (target, expected) in enumerate(zip(mirror["target"], mirror["probability"], strict=True)):
@@ -203,7 +204,7 @@ def check_mirror(
             category = table.category.numpy()[item]
             stacked = {name: mirror[name][place] for name in _STACKED}
             user = UserState(**stacked, scale=reader.scale.item(), item=item, times=times, category=category)
-            found = score(user, torch.from_numpy(target)).numpy()
+            found = (score or by_reader)(user, target)
             worst = max(worst, float(np.nan_to_num(np.abs(found - expected).max(), nan=1.0)))
     except (KeyError, SafetensorError, RuntimeError, IndexError, ValueError) as error:
         raise ArtifactError(f"{where}: mirror test cannot run ({type(error).__name__}: {error})") from None

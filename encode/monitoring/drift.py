@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from encode.interests.extract import state_of
 from encode.interests.user_rows import UserRow, UserRows
@@ -94,7 +93,7 @@ def score_shift(before: Sample, now: Sample, space: Space, engine: Engine) -> Sh
     both = np.intersect1d(before.rows["user_id"].to_numpy(), now.rows["user_id"].to_numpy())[:_NUM_USERS]
     first = len(space.vocabulary) - len(space.vocabulary.item_ids)
     items = np.unique(np.linspace(first, len(space.vocabulary) - 1, _NUM_ITEMS).astype(np.int64))
-    target = torch.from_numpy(np.maximum(items, UNKNOWN))
+    target = np.maximum(items, UNKNOWN)
     scores = [
         np.concatenate([np.zeros(0), *(_scores(row, space, engine, target) for row in _rows_of(sample, both))])
         for sample in (before, now)
@@ -107,5 +106,5 @@ def _rows_of(sample: Sample, users: npt.NDArray[np.int64]) -> list[UserRow]:
     return [rows[int(place)] for place in places]
 
 
-def _scores(row: UserRow, space: Space, engine: Engine, target: torch.Tensor) -> Floats:
-    return engine.score_user(state_of(row, space), target).numpy().astype(np.float64)
+def _scores(row: UserRow, space: Space, engine: Engine, target: npt.NDArray[np.int64]) -> Floats:
+    return engine.score(state_of(row, space), target).astype(np.float64)

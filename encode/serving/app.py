@@ -57,7 +57,7 @@ def create_app(
     """
     metrics, work, rollout = Metrics(), Work(), rollout or Rollout()
     follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused, metrics.withdrawn)
-    scorer = Scorer(follower, rollout, metrics, max_age_days, now)
+    scorer = Scorer(follower, rollout, metrics, work, max_age_days, now)
     metrics.registry.register(
         State(
             follower.in_use,
@@ -81,6 +81,7 @@ def create_app(
         scorer.shadow.start()
         yield
         scorer.shadow.stop()
+        scorer.close()
         app.state.loading = follower.stop()
 
     app = FastAPI(

@@ -50,7 +50,7 @@ def arrow_route(scorer: Scorer) -> Route:
     async def score(request: Request) -> Response:
         asked = read_request(await request.body())
         bundle = scorer.bundle(request, asked.user_id)
-        scored = scorer.score(request, bundle, asked)
+        scored = await scorer.score_soon(request, bundle, asked)
         told = {
             "user_id": str(asked.user_id),
             "bundle": json.dumps(bundle.describe()),

@@ -7,12 +7,11 @@ reading of it, loaded beside whatever serves and immutable from then on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64
 
 from encode.data.erasures import erased_users
@@ -54,6 +53,16 @@ class Asked:
     """For those candidates that the space may not know."""
     recent: Sequence[Behavior] = ()
     """Since the snapshot, in any order; they go before those that the snapshot holds."""
+
+
+class Found(NamedTuple):
+    """What a bundle knows of a user and the candidates."""
+
+    user: UserState
+    target: Int64[np.ndarray, " B"]
+    """Vocabulary index of each candidate."""
+    is_known: bool
+    """The user has a row in the snapshot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +112,29 @@ class Bundle:
         Raises:
             ArtifactError: a probability is not a number.
         """
+        found = self.look_up(asked)
+        return self.told(asked, found, self.compute(found))
+
+    def look_up(self, asked: Asked) -> Found:
+        """Return what is known of the user and the candidates: the first third of `score`, which needs the GIL."""
         row = self.snapshot.find(asked.user_id)
-        target = self._index(asked.item_ids, asked.category_ids)
         user = self._with_recent(state_of(row, self.space), asked.recent)
-        probability = self.engine.score_user(user, torch.from_numpy(target)).numpy()
+        return Found(user, self._index(asked.item_ids, asked.category_ids), row is not None)
+
+    def compute(self, found: Found) -> Float[np.ndarray, " B"]:
+        """Return the probability of each candidate: the second, which does not."""
+        return self.engine.score(found.user, found.target)
+
+    def told(self, asked: Asked, found: Found, probability: Float[np.ndarray, " B"]) -> Scored:
+        """Return what is answered: the third.
+
+        Raises:
+            ArtifactError: a probability is not a number.
+        """
         if not np.isfinite(probability).all():
             raise ArtifactError(f"bundle {self.id}: a probability is not a number")
-        unknown = asked.item_ids[~self.space.vocabulary.is_item(target)]
-        return Scored(probability, row is None, unknown.tolist())
+        unknown = asked.item_ids[~self.space.vocabulary.is_item(found.target)]
+        return Scored(probability, not found.is_known, unknown.tolist())
 
     def interests(self, user_id: int) -> list[dict[str, Any]] | None:
         """Return what the system thinks a user likes, largest interest first; None for an unknown user."""
@@ -137,8 +161,7 @@ class Bundle:
         row = self.snapshot.find(user_id)
         if row is None:
             return None
-        target = torch.from_numpy(self._index([item_id], None))
-        found, _ = self.engine.attention(self.engine.prepare(state_of(row, self.space)), target)
+        found, _ = self.engine.attention(state_of(row, self.space), self._index([item_id], None))
         *weights, itself = found[0].tolist()
         return [*weights[: len(row["size"])], itself]
 
@@ -165,7 +188,7 @@ class Bundle:
         added = self._index([b.item_id for b in ordered], [b.category_id for b in ordered])
         held = user.recent[user.recent != PADDING]
         both = np.concatenate([held, added])[-len(user.recent) :]
-        return replace(user, recent=np.pad(both, (0, len(user.recent) - len(both))))
+        return user._replace(recent=np.pad(both, (0, len(user.recent) - len(both))))
 
 
 def load_bundle(
@@ -188,7 +211,7 @@ def load_bundle(
     card, reader = load_model(files, where)
     space = read_space(storage, card.space)
     engine = Engine(space, reader)
-    check_mirror(files, reader, space.items, where, engine.score_user)
+    check_mirror(files, reader, space.items, where, engine.score)
     folder = folder_of(card.space)
     current = read_current(storage, folder)
     if current is None:

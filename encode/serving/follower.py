@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from encode.config import Places, RegistryConfig
@@ -21,7 +22,7 @@ from encode.registry import CHAMPION, REFUSED, Registry
 from encode.serving.bundle import Asked, Bundle, Chain, Scored, load_bundle
 from encode.serving.local_snapshot import remove_files
 from encode.serving.rollout import Role, Rollout, Watch
-from encode.serving.trial import Recorder, timed, try_bundle
+from encode.serving.trial import Recorder, timed, timed_aside, try_bundle
 from encode.storage import Storage, open_storage
 
 _STOP_SECONDS = 1.0
@@ -151,13 +152,25 @@ class Follower:
 
     def score(self, bundle: Bundle, asked: Asked) -> tuple[Scored, float]:
         """Score with a bundle, and note how it did; return also the seconds it took. Whatever fails passes through."""
-        try:
+        with self._failure_noted(bundle, asked):
             scored, seconds = timed(bundle, asked)
+        self.note(bundle, seconds, len(asked.item_ids))
+        return scored, seconds
+
+    async def score_aside(self, bundle: Bundle, asked: Asked, pool: Executor) -> tuple[Scored, float]:
+        """Do the same from the event loop, which goes on while a thread of the pool computes."""
+        with self._failure_noted(bundle, asked):
+            scored, seconds = await timed_aside(bundle, asked, pool)
+        self.note(bundle, seconds, len(asked.item_ids))
+        return scored, seconds
+
+    @contextmanager
+    def _failure_noted(self, bundle: Bundle, asked: Asked) -> Iterator[None]:
+        try:
+            yield
         except Exception:
             self.note(bundle, None, len(asked.item_ids))
             raise
-        self.note(bundle, seconds, len(asked.item_ids))
-        return scored, seconds
 
     def note(self, bundle: Bundle, seconds: float | None, num_candidates: int) -> None:
         """Note a request that a bundle answered, or could not; withdraw the bundle if it does badly.

@@ -193,7 +193,7 @@ def inference_routes(scorer: Scorer, model_name: str) -> APIRouter:
         check(name)
         wanted = asked.asked()
         bundle = scorer.bundle(request, wanted.user_id)
-        scored = scorer.score(request, bundle, wanted.asked())
+        scored = await scorer.score_soon(request, bundle, wanted.asked())
         return written(_answer(name, asked.id, bundle, scorer.fallbacks(bundle, scored), scored.probabilities.tolist()))
 
     return routes

@@ -56,7 +56,7 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
     async def score(request: Request, asked: ScoreRequest) -> Response:
         """Return a probability for each candidate, in order, the bundle it came from, and what was assumed."""
         bundle = scorer.bundle(request, asked.user_id)
-        scored = scorer.score(request, bundle, asked.asked())
+        scored = await scorer.score_soon(request, bundle, asked.asked())
         answer = ScoreResponse.model_construct(  # checking numbers of our own takes longer than writing them
             user_id=asked.user_id,
             item_ids=asked.item_ids,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, get_args
 
@@ -11,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 
 from encode.serving.bundle import Asked, Bundle, Scored
 from encode.serving.follower import Follower
+from encode.serving.limits import Work
 from encode.serving.messages import Fallbacks
 from encode.serving.metrics import Metrics
 from encode.serving.rollout import ROLE_HEADER, Role, Rollout
@@ -27,10 +30,14 @@ class Scorer:
         follower: Follower,
         rollout: Rollout,
         metrics: Metrics,
+        work: Work,
         max_age_days: int | None,
         now: Callable[[], datetime],
     ) -> None:
         self.follower, self.metrics = follower, metrics
+        self._work = work
+        # The event loop has one processor. Threads start when they are needed.
+        self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), "scoring")
         self.shadow = Shadow(follower, rollout.shadow_share, metrics)
         self._rollout = rollout
         self.draining = False
@@ -79,7 +86,24 @@ class Scorer:
             HTTPException: 421, the user is of a shard that this process does not hold.
         """
         check_shard(bundle, asked.user_id)
-        scored, seconds = self.follower.score(bundle, asked)
+        return self._noted(request, bundle, asked, *self.follower.score(bundle, asked))
+
+    async def score_soon(self, request: Request, bundle: Bundle, asked: Asked) -> Scored:
+        """Do the same from the event loop: there, if no other request waits, else on a thread beside it.
+
+        A change of threads there and back takes longer than it is worth to the only request; of several, one is read
+        and answered while another is computed.
+        """
+        if self._work.count <= 1:
+            return self.score(request, bundle, asked)
+        check_shard(bundle, asked.user_id)
+        return self._noted(request, bundle, asked, *await self.follower.score_aside(bundle, asked, self._pool))
+
+    def close(self) -> None:
+        """Let go of the threads once what they compute is computed."""
+        self._pool.shutdown(wait=False)
+
+    def _noted(self, request: Request, bundle: Bundle, asked: Asked, scored: Scored, seconds: float) -> Scored:
         self.follower.recorder.record(asked)
         champion = bundle is not self.follower.challenger
         if champion:

@@ -9,10 +9,10 @@ import sys
 import time
 from types import FrameType
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
+from encode.serving.engine import one_thread
 from encode.serving.logs import log_config
 
 _KEEP_ALIVE_SECONDS = 75
@@ -54,7 +54,6 @@ def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_
         drain_delay_seconds: after SIGTERM, not ready but still taking requests, so that load balancers see it.
         drain_seconds: after that, given to requests at work; then they are cut off.
     """
-    torch.set_num_threads(1)  # requests are what runs side by side
     config = uvicorn.Config(
         app,
         host=host,
@@ -68,7 +67,8 @@ def serve(app: FastAPI, host: str, port: int, drain_delay_seconds: float, drain_
     )
     app.state.follower.before_first = _freeze
     server = _Draining(config, app, drain_delay_seconds)
-    server.run()
+    with one_thread():
+        server.run()
     if app.state.work.count or app.state.loading:  # a thread cannot be stopped, and the interpreter would wait for it
         sys.stderr.flush()
         os._exit(0)

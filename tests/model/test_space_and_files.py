@@ -330,7 +330,7 @@ def test_mirror_holds_whatever_scores_to_what_training_wrote_down(space_and_read
     space, reader = space_and_reader
 
     def score(user, target):
-        return torch.sigmoid(read_user(reader, space.items, user, target))
+        return torch.sigmoid(read_user(reader, space.items, user, torch.from_numpy(target))).numpy()
 
     check_mirror(files, reader, space.items, "over here", score)
     with pytest.raises(ArtifactError, match="over here: mirror test: a probability is off by 1"):

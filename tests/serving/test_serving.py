@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -91,7 +90,7 @@ def test_recent_behaviors_count_as_if_they_had_been_in_the_history(client):
     state = state_of(client.app.state.follower.bundle.snapshot.find(1), SPACE)
     own = state.recent[state.recent != 0]
     both = np.concatenate([own, VOCABULARY.index(np.array([20, 33]))])[-MODEL.recent_length :]
-    user = replace(state, recent=both)
+    user = state._replace(recent=both)
     logit = read_user(READER, SPACE.items, user, torch.from_numpy(VOCABULARY.index(np.array([10, 11, 12]))))
     assert changed == pytest.approx(torch.sigmoid(logit).tolist(), abs=1e-6)
 
