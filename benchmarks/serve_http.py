@@ -56,7 +56,7 @@ class HttpPace:
     """For each of RATES."""
     trial: float = 1.5
     """For each rate that is tried in the search for the highest, but until `requests` at least."""
-    requests: int = 100
+    requests: int = 300
     """A count, so that the 99th percentile of few is not their maximum."""
     steps: int = 3
     """Of the bisection in that search, a count."""

@@ -36,7 +36,8 @@ def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
     Arrow and safetensors give arrays that cannot be written, numpy and torch those that can.
     """
-    view = np.require(array, requirements=["C", "A"]).view()
+    plain = array.flags.c_contiguous and array.flags.aligned
+    view = array.view() if plain else np.array(array, order="C")
     view.flags.writeable = False
     return view
 

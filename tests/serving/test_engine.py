@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
 from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
@@ -16,7 +18,8 @@ from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import UserState, interest_weights, read_user
 from encode.model.space import Space, SpaceConfig, space_of
 from encode.schema import MOST_TIMES, UNKNOWN
-from encode.serving.engine import Engine
+from encode.serving import kernels
+from encode.serving.engine import Engine, one_thread
 
 D, P, K, R = 8, 4, 5, 6
 VOCABULARY = Vocabulary(np.array([1, 2, 3]), np.arange(10, 50), np.arange(40) % 4)
@@ -94,7 +97,7 @@ def test_it_scores_and_attends_as_the_training_code_does(model, drawn, targets):
     assert_close(recent, logits.masked_fill(held == 0, -torch.inf).softmax(1).nan_to_num(0).numpy())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3000])
+@pytest.mark.parametrize("count", [1, 2, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, 3000])
 def test_other_candidates_change_no_score(count):
     space, reader = MODELS[2]
     engine, user = Engine(space, reader), make_user(space, [5, 1, 9], 20, R, 3)
@@ -114,3 +117,60 @@ def test_threads_get_the_bits_that_one_gets():
         found = list(pool.map(engine.score, users * 20, [target] * 160))
     assert all(np.array_equal(one, expected[place % 8]) for place, one in enumerate(found))
     assert not np.array_equal(expected[0], expected[1])
+
+
+def poisoned(place, value=np.nan):
+    """A model with such a number in e and h of an item, in the weights of a layer, or in an interest of the user."""
+    space, reader = make_model(hidden_dims=(16, 8))
+    user = make_user(space, [5, 1, 9], 20, R, 3)
+    if place == "interest":
+        user.value[1, 0] = value
+    elif place == "item":
+        embedding, key = space.embedding.copy(), space.key.copy()
+        embedding[7, 0] = key[7, 0] = value
+        space, user = replace(space, embedding=embedding, key=key), user._replace(recent=user.recent * 0)
+    else:
+        with torch.no_grad():
+            reader.mlp[place].weight[:, 0] = value
+    return Engine(space, reader).score(user, np.arange(1, len(VOCABULARY)))
+
+
+@pytest.mark.parametrize("place", ["interest", 0, 3])
+def test_what_is_not_a_number_makes_scores_that_are_none(place):
+    assert np.isnan(poisoned(place)).all()
+
+
+def test_an_item_that_is_not_a_number_leaves_the_others_alone():
+    assert np.flatnonzero(np.isnan(poisoned("item"))).tolist() == [6]
+
+
+@pytest.mark.parametrize("index", [-1, len(VOCABULARY)])
+def test_what_is_outside_the_vocabulary_is_refused(index):
+    space, reader = MODELS[2]
+    engine, user = Engine(space, reader), make_user(space, [5, 1], 20, R, 3)
+    for one, target in ((user, [2, index]), (user._replace(recent=np.full(R, index)), [2])):
+        for ask in (engine.score, engine.attention):
+            with pytest.raises(IndexError, match="outside the vocabulary"):
+                ask(one, np.array(target))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.floats(-200, 200, width=32), min_size=3, max_size=3), min_size=1, max_size=60))
+def test_softmax_is_that_of_pytorch(logits):
+    found, total = np.array(logits, np.float32), np.empty(3, np.float32)
+    expected = torch.tensor(logits, dtype=torch.float64)
+    kernels._softmax(found, total)
+    assert_close(found, expected.softmax(0).numpy(), 1e-6)
+    np.testing.assert_allclose(total, expected.logsumexp(0).numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_one_thread_is_for_as_long_as_the_block():
+    def limits():
+        return torch.get_num_threads(), [one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"]
+
+    before = limits()
+    with one_thread():
+        threads, of_blas = limits()
+        assert threads == 1
+        assert set(of_blas) == {1}
+    assert limits() == before

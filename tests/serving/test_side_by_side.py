@@ -1,0 +1,136 @@
+"""Requests at once: one is read and answered while another is computed, and each gets what it gets alone."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+from made import SPACE, make_model, refresh, score, wait
+
+from encode.interests.snapshots import write_space
+from encode.serving.arrow import CONTENT_TYPE
+from encode.serving.bundle import Bundle
+
+ITEMS = [10, 11, 12]
+
+
+def in_json(user):
+    return "/v1/score", {"json": {"user_id": user, "item_ids": ITEMS}}
+
+
+def in_arrow(user):
+    schema = pa.schema([("item_id", pa.int64())], {"user_id": str(user)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array(ITEMS)], schema=schema))
+    return "/v1/score", {"content": sink.getvalue().to_pybytes(), "headers": {"Content-Type": CONTENT_TYPE}}
+
+
+def in_v2(user):
+    user_id = {"name": "user_id", "datatype": "INT64", "shape": [1], "data": [user]}
+    item_id = {"name": "item_id", "datatype": "INT64", "shape": [len(ITEMS)], "data": ITEMS}
+    return "/v2/models/encode-ctr/infer", {"json": {"inputs": [user_id, item_id]}}
+
+
+def at_once(app, requests, meanwhile=lambda _client: asyncio.sleep(0)):
+    """Send requests together, do something, and return the answers."""
+
+    async def ask():
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://serving") as client:
+            answers = [asyncio.ensure_future(client.post(path, **options)) for path, options in requests]
+            await meanwhile(client)
+            return await asyncio.gather(*answers)
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Names of the threads that computed."""
+    names, plain = [], Bundle.compute
+
+    def noted(bundle, found):
+        names.append(threading.current_thread().name)
+        return plain(bundle, found)
+
+    monkeypatch.setattr(Bundle, "compute", noted)
+    return names
+
+
+def test_each_gets_what_it_gets_alone(client, threads):
+    requests = [write(user) for user in range(1, 13) for write in (in_json, in_arrow, in_v2)]
+    alone = [client.post(path, **options) for path, options in requests]
+    assert set(threads) == {threading.current_thread().name}, "the only request is computed where it is read"
+    threads.clear()
+    together = at_once(client.app, requests)
+    assert {answer.status_code for answer in alone + together} == {200}
+    assert [answer.content for answer in together] == [answer.content for answer in alone]
+    assert len({answer.content for answer in together}) == len(requests), "each of another user or in another dialect"
+    assert sum(name.startswith("scoring") for name in threads) >= len(requests) - 1
+
+
+def test_others_are_answered_while_one_is_computed(client, monkeypatch):
+    alone = score(client)
+    go_on, plain = threading.Event(), Bundle.compute
+
+    def slow(bundle, found):
+        assert go_on.wait(10)
+        return plain(bundle, found)
+
+    monkeypatch.setattr(Bundle, "compute", slow)
+
+    async def meanwhile(other):
+        while client.app.state.work.count < 2:
+            await asyncio.sleep(0.001)
+        for path in ("/health", "/v1/release"):
+            assert (await other.get(path)).status_code == 200
+        go_on.set()
+
+    answers = at_once(client.app, [in_json(1)] * 2, meanwhile)
+    assert [answer.json() for answer in answers] == [alone] * 2
+
+
+def test_failures_beside_the_event_loop_withdraw_a_bundle_too(client, storage, registry, monkeypatch):
+    space, _, files = make_model(1)
+    write_space(storage, space, {})
+    refresh(storage, space=space)
+    registry.release("2", files, space)
+    client.post("/v1/release/reload")
+    wait(client, lambda state: state["bundle"]["model_version"] == "2")
+    plain = Bundle.compute
+
+    def failing(bundle, found):
+        if bundle.model_version == "2":
+            raise FloatingPointError("made to fail")
+        return plain(bundle, found)
+
+    monkeypatch.setattr(Bundle, "compute", failing)
+    assert {answer.status_code for answer in at_once(client.app, [in_json(1)] * 5)} == {500}
+    assert score(client)["bundle"]["space"] == SPACE.id
+
+
+def test_to_wait_for_a_thread_is_not_counted_as_scoring(client, monkeypatch):
+    count, seconds, plain = 8, 0.05, Bundle.compute
+
+    def slow(bundle, found):
+        time.sleep(seconds)
+        return plain(bundle, found)
+
+    monkeypatch.setattr(Bundle, "compute", slow)
+    monkeypatch.setattr(client.app.state.scorer._pool, "_max_workers", 1)
+    at_once(client.app, [in_json(1)] * count)
+    found = re.search(r'encode_model_seconds_sum\{role="champion"\} (\S+)', client.get("/metrics").text)
+    assert count * seconds <= float(found[1]) < 2 * count * seconds, "with the waits it would be 4.5 times that"
+
+
+def test_numbers_that_are_none_are_refused_there_too(client, monkeypatch):
+    plain = Bundle.compute
+    monkeypatch.setattr(Bundle, "compute", lambda bundle, found: plain(bundle, found) * np.nan)
+    assert [answer.status_code for answer in at_once(client.app, [in_json(1)] * 2)] == [500, 500]
