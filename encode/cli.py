@@ -200,6 +200,8 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         ("--shadow-share", "of the champion's requests: scored by the challenger, too, without anybody waiting"),
     ):
         rollout.add_argument(name, type=_share, default=0.0, metavar="SHARE", help=f"{text} (default: %(default)s)")
+    text = "that compute beside the event loop (default: one for each processor but one)"
+    serve.add_argument("--threads", type=_at_least(1), metavar="N", help=text)
     serve.add_argument("--new-key", action="store_true", help="print a new API key and its SHA-256, and end")
     limits = serve.add_argument_group("limits")
     for name, kind, default, unit, text in (
@@ -583,6 +585,7 @@ def _serve(options: argparse.Namespace) -> None:
             shard, options.max_model_ms, options.challenger, options.challenger_share, options.shadow_share
         ),
         webhook_secret=environment.get(_WEBHOOK_SECRET, ""),
+        threads=options.threads,
     )
     with claimed(cache):
         serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)

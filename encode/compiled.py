@@ -51,6 +51,15 @@ def mix(x: np.uint64) -> np.uint64:
 
 
 @compiled
+def table_bits(count: int) -> int:
+    """Return the size of a table, 2^bits, of which that many keys fill half at most."""
+    bits = 1
+    while (1 << bits) < 2 * count:
+        bits += 1
+    return bits
+
+
+@compiled
 def hash_slot(key: int, bits: int) -> np.int64:
     """Return where in a table of 2^bits a key starts to look for itself; ids in steps of any size are spread."""
     factor = np.uint64(0x9E3779B97F4A7C15)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from encode.compiled import compiled, hash_slot, mix
+from encode.compiled import compiled, hash_slot, mix, table_bits
 from encode.data.histories import to_batch
 
 Ints = npt.NDArray[np.int64]
@@ -49,9 +49,7 @@ def group(behaviors: Ints) -> Bucket:
 @compiled
 def _number(behaviors: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
     """Number the users in the order of their first row: each row's number, [N], and each number's user id, [U]."""
-    bits = 4
-    while (1 << bits) < 2 * len(behaviors):
-        bits += 1
+    bits = table_bits(len(behaviors))
     slots = np.full(1 << bits, -1, np.int32)
     numbers = np.empty(len(behaviors), np.int32)
     users = np.empty(len(behaviors), np.int64)

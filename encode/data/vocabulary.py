@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from encode.compiled import compiled, hash_slot, read_only
+from encode.compiled import compiled, hash_slot, read_only, table_bits
 from encode.data.histories import Histories
 from encode.errors import DataError
 from encode.schema import PADDING, UNKNOWN
@@ -124,9 +124,7 @@ def _find(ids: Ints, sorted_ids: Ints, table: Ints32) -> Ints:
 @compiled
 def _look_up(ids: Ints, sorted_ids: Ints, table: Ints32, place: Ints) -> None:
     mask = len(table) - 1
-    bits = 0
-    while (1 << bits) < len(table):
-        bits += 1
+    bits = table_bits(len(table) // 2)
     for i in range(len(ids)):
         slot = hash_slot(ids[i], bits)
         while table[slot] >= 0 and sorted_ids[table[slot]] != ids[i]:
@@ -137,9 +135,7 @@ def _look_up(ids: Ints, sorted_ids: Ints, table: Ints32, place: Ints) -> None:
 @compiled
 def _hash_table(ids: Ints) -> Ints32:
     """Return an open-addressing table of places in `ids`, at most half full, -1 where it is empty."""
-    bits = 1
-    while (1 << bits) < 2 * len(ids):
-        bits += 1
+    bits = table_bits(len(ids))
     table = np.full(1 << bits, -1, np.int32)
     for place in range(len(ids)):
         slot = hash_slot(ids[place], bits)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from encode.compiled import compiled, hash_slot
+from encode.compiled import compiled, hash_slot, table_bits
 
 Ints = npt.NDArray[np.int64]
 Ints32 = npt.NDArray[np.int32]
@@ -44,9 +44,7 @@ def top_items(items: Ints, counter: Counter, top: Ints) -> int:
 
     Counting by hash leaves the order of the items undefined until here, where count and id decide it alone.
     """
-    bits = 2
-    while (1 << bits) < 2 * len(items):
-        bits += 1
+    bits = table_bits(len(items))
     known, counts, used, top_counts = counter
     num_used, num_top = 0, 0
     for item in items:

@@ -40,6 +40,7 @@ def create_app(
     hashes: Set[str] = frozenset(),
     rollout: Rollout | None = None,
     webhook_secret: str = "",
+    threads: int | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -54,10 +55,11 @@ def create_app(
         hashes: SHA-256 of the keys that are let in, in hex; none lets everybody in.
         rollout: which users it holds, whether there is a challenger, and what is too slow.
         webhook_secret: by which MLflow signs; without it no webhook is taken.
+        threads: that compute beside the event loop; by default one for each processor but the event loop's.
     """
     metrics, work, rollout = Metrics(), Work(), rollout or Rollout()
     follower = Follower(places, config, cache, seconds, rollout, metrics.load_refused, metrics.withdrawn)
-    scorer = Scorer(follower, rollout, metrics, work, max_age_days, now)
+    scorer = Scorer(follower, rollout, metrics, work, max_age_days, now, threads)
     metrics.registry.register(
         State(
             follower.in_use,
@@ -73,9 +75,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # What scores for one user is a coroutine and runs on the event loop: a change of threads there and back costs a
-        # quarter of the time to an answer. What may take longer has one thread, in order of arrival: two that score at
-        # once hand the GIL to and fro, each on memory of its own, and both are late.
+        # What scores for one user is a coroutine. What may take longer, `/invocations` with many users, has one thread,
+        # in order of arrival: two that read and write JSON at once hand the GIL to and fro, and both are late.
         to_thread.current_default_thread_limiter().total_tokens = 1
         follower.start()
         scorer.shadow.start()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401  what `np.dot` is in a kernel: loaded here, its threads can be limited
 
-from encode.compiled import compiled, hash_slot
+from encode.compiled import compiled, hash_slot, table_bits
 from encode.schema import MOST_TIMES, PADDING, UNKNOWN
 
 BLOCK = 120
@@ -25,8 +25,8 @@ LOWEST = np.finfo(np.float32).min
 """Log of nothing; not -inf, so that a candidate without any slot gives no NaN."""
 _AFFINITY, _TIMES, _IN_CATEGORY, _RECENT_AFFINITY = range(4)
 """Numbers of a candidate: affinity, log(1 + n_t), the same of its category, recent affinity."""
-_VECTORS = 5
-"""Vectors of a candidate: long-term and short-term interest, its embedding, and their products with that."""
+_LONG_TERM, _SHORT_TERM, _EMBEDDING, _LONG_TERM_PRODUCT, _SHORT_TERM_PRODUCT = range(5)
+"""Vectors of a candidate: what it takes from interests and from recent behaviors, its own, and products with that."""
 
 
 class Model(NamedTuple):
@@ -44,11 +44,11 @@ class Model(NamedTuple):
     decoder: Any
     """B, how embeddings change where keys do, [P, D]."""
     of_vectors: Any
-    """Weights of the first layer, [5, D, H], and the next two, too."""
+    """Weights of the first layer, of the vectors of a candidate, [5, D, H]."""
     of_numbers: Any
-    """[4, H]."""
+    """Of its numbers, [4, H]."""
     of_user: Any
-    """Of the profile, of log(1 + behaviors), and the bias, [D + 2, H]."""
+    """Of the user's profile and of log(1 + behaviors), and the bias, [D + 2, H]."""
     layers: Any
     """Weights and biases of the other layers, one after another."""
     widths: Any
@@ -103,12 +103,12 @@ def score(model: Any, user: Any, target: Any, probability: Any) -> None:
         vectors, key = _gather(model, target[block])
         weights = _attend_interests(interests, of_block, key, user.scale, numbers[:, block])
         _read_interests(interests, model.decoder, weights, key, vectors)
-        vectors[1] = 0
         recent = _attend_recent(recent_key, key, numbers[_RECENT_AFFINITY, block])
+        vectors[_SHORT_TERM] = 0
         if len(recent):
-            np.dot(recent.T, recent_value, vectors[1])
-        _multiply(vectors[0], vectors[2], vectors[3])
-        _multiply(vectors[1], vectors[2], vectors[4])
+            np.dot(recent.T, recent_value, vectors[_SHORT_TERM])
+        _multiply(vectors[_LONG_TERM], vectors[_EMBEDDING], vectors[_LONG_TERM_PRODUCT])
+        _multiply(vectors[_SHORT_TERM], vectors[_EMBEDDING], vectors[_SHORT_TERM_PRODUCT])
         _mlp(model, bias, vectors, numbers[:, block], probability[block])
 
 
@@ -151,31 +151,35 @@ def _check(index: Any, size: int) -> None:
 def _interests(user: Any, size_prior: Any) -> Any:
     held, P = np.flatnonzero(user.size > 0), user.center.shape[1]
     key, spread = np.empty((len(held), 2 * P), np.float32), np.empty((len(held), P), np.float32)
-    value = np.empty((len(held), user.value.shape[1]), np.float32)
-    log_prior, log_mass = np.empty(len(held), np.float32), LOWEST
+    value, log_prior = np.empty((len(held), user.value.shape[1]), np.float32), np.empty(len(held), np.float32)
+    highest, mass = LOWEST, 0.0
     for k in range(len(held)):
         log_prior[k] = size_prior * np.log(user.size[held[k]])
-        value[k] = user.value[held[k]]
+        highest = max(highest, log_prior[k])
+        for d in range(value.shape[1]):
+            value[k, d] = user.value[held[k], d]
         for p in range(P):
             spread[k, p] = user.scale * user.variance[held[k], p]
             key[k, p] = user.scale * user.center[held[k], p]
             key[k, P + p] = 0.5 * user.scale * spread[k, p]
-    if len(held):
-        log_mass = log_prior.max() + np.log(np.exp(log_prior - log_prior.max()).sum())
-    return Interests(key, log_prior, np.float32(log_mass), value, spread)
+    for k in range(len(held)):
+        mass += np.exp(log_prior[k] - highest)
+    return Interests(key, log_prior, np.float32(highest + np.log(mass)) if mass else LOWEST, value, spread)
 
 
 @compiled
 def _recent(model: Any, user: Any) -> Any:
     """Return keys, times their scale, [R, P], and embeddings, [R, D]."""
-    held = user.recent[user.recent != PADDING]
-    _check(held, len(model.key))
+    held = np.flatnonzero(user.recent != PADDING)
     key = np.empty((len(held), model.key.shape[1]), np.float32)
     value = np.empty((len(held), model.embedding.shape[1]), np.float32)
+    _check(user.recent, len(model.key))
     for r in range(len(held)):
-        value[r] = model.embedding[held[r]]
+        item = user.recent[held[r]]
+        for d in range(value.shape[1]):
+            value[r, d] = model.embedding[item, d]
         for p in range(key.shape[1]):
-            key[r, p] = model.scale * model.key[held[r], p]
+            key[r, p] = model.scale * model.key[item, p]
     return key, value
 
 
@@ -183,18 +187,21 @@ def _recent(model: Any, user: Any) -> Any:
 def _of_user(model: Any, user: Any) -> Any:
     """Return what the user alone, and the bias, add to the first layer, [H]."""
     D, total = user.value.shape[1], user.size.sum()
-    told = np.ones(D + 2, np.float32)
-    told[:D] = np.dot(user.size, user.value) / max(total, 1)
-    told[D] = np.log1p(total)
-    return np.dot(told, model.of_user)
+    found = model.of_user[D + 1] + np.float32(np.log1p(total)) * model.of_user[D]
+    for d in range(D):
+        mean = 0.0
+        for k in range(len(user.size)):
+            mean += user.size[k] * user.value[k, d]
+        mean /= max(total, 1)
+        for h in range(len(found)):
+            found[h] += mean * model.of_user[d, h]
+    return found
 
 
 @compiled
 def _past(target: Any, model: Any, user: Any, log_mass: Any, numbers: Any) -> Any:
     """Look up how often the user had each candidate, n, and its category; `numbers` gets both."""
-    bits = 1
-    while (1 << bits) < 2 * len(user.item):
-        bits += 1
+    bits = table_bits(len(user.item))
     items, categories = np.full(1 << bits, -1, np.int64), np.full(1 << bits, -1, np.int64)
     times, sums = np.empty(1 << bits, np.int64), np.zeros(1 << bits, np.int64)
     for i in range(len(user.item)):
@@ -237,8 +244,8 @@ def _slot_of(table: Any, key: int, bits: int) -> Any:
 def _gather(model: Any, target: Any) -> Any:
     """Return room for the vectors of candidates, [5, b, D], their embeddings in place, and [h_t, h_t^2], [b, 2 P]."""
     D, P = model.embedding.shape[1], model.key.shape[1]
-    vectors = np.empty((_VECTORS, len(target), D), np.float32)
-    embedding, key = vectors[2], np.empty((len(target), 2 * P), np.float32)
+    vectors = np.empty((5, len(target), D), np.float32)
+    embedding, key = vectors[_EMBEDDING], np.empty((len(target), 2 * P), np.float32)
     for b in range(len(target)):
         row, to = model.embedding[target[b]], embedding[b]
         for d in range(D):
@@ -278,12 +285,12 @@ def _attend_interests(interests: Any, past: Any, key: Any, scale: float, numbers
 @compiled
 def _attend_recent(recent: Any, key: Any, affinity: Any) -> Any:
     """Return the weights of the recent behaviors, [R, b]; `affinity` gets that to all, 0 where there is none."""
-    P, total = recent.shape[1], np.zeros(len(key), np.float32)
+    P, total = recent.shape[1], np.empty(len(key), np.float32)
     weights = np.dot(recent, key[:, :P].copy().T)
     if len(recent):
         _softmax(weights, total)
-        total -= np.float32(np.log(len(recent)))
-    affinity[:] = total
+    for b in range(len(key)):
+        affinity[b] = total[b] - np.log(len(recent)) if len(recent) else 0
     return weights
 
 
@@ -336,7 +343,7 @@ _C = tuple(np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.333451907
 def _read_interests(interests: Any, decoder: Any, weights: Any, key: Any, vectors: Any) -> None:
     """Put v = sum_k beta_k z_k + B^T (s lambda h_t) + beta_t e_t in its place among the vectors of candidates."""
     K, P = len(interests.key), decoder.shape[0]
-    value, embedding = vectors[0], vectors[2]
+    value, embedding = vectors[_LONG_TERM], vectors[_EMBEDDING]
     np.dot(weights[:K].T, interests.value, value)
     moved = np.dot(weights[:K].T, interests.spread)
     for b in range(len(key)):
@@ -359,8 +366,8 @@ def _multiply(x: Any, y: Any, product: Any) -> None:
 def _mlp(model: Any, bias: Any, vectors: Any, numbers: Any, probability: Any) -> None:
     hidden = np.dot(vectors[0], model.of_vectors[0])
     part = np.empty_like(hidden)
-    for vector in range(1, _VECTORS):
-        np.dot(vectors[vector], model.of_vectors[vector], part)
+    for v in range(1, len(vectors)):
+        np.dot(vectors[v], model.of_vectors[v], part)
         _add(hidden, part)
     weight = model.of_numbers
     for b in range(len(hidden)):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 from typing import Any, get_args
 
 from fastapi import HTTPException, Request
@@ -33,11 +34,22 @@ class Scorer:
         work: Work,
         max_age_days: int | None,
         now: Callable[[], datetime],
+        threads: int | None = None,
     ) -> None:
+        """Prepare; threads start when they are needed.
+
+        Args:
+            follower: holds what scores.
+            rollout: who scores for whom.
+            metrics: told of each request.
+            work: how many requests have a place now.
+            max_age_days: a snapshot older than this is stale; None never.
+            now: the clock behind that.
+            threads: that compute beside the event loop; by default one for each processor but the event loop's.
+        """
         self.follower, self.metrics = follower, metrics
         self._work = work
-        # The event loop has one processor. Threads start when they are needed.
-        self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), "scoring")
+        self._pool = ThreadPoolExecutor(threads or max(1, num_processors() - 1), "scoring")
         self.shadow = Shadow(follower, rollout.shadow_share, metrics)
         self._rollout = rollout
         self.draining = False
@@ -135,6 +147,16 @@ class Scorer:
         if bundle is None:
             raise HTTPException(503, f"not ready: {self.follower.error or 'loading'}", _RETRY)
         return bundle
+
+
+def num_processors(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Return how many processors this process may keep busy: those it may run on, or the quota of its container."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = map(int, cpu_max.read_text().split())
+    except (OSError, ValueError):  # no quota: "max 100000"
+        return allowed
+    return max(1, min(allowed, round(quota / period)))
 
 
 def check_shard(bundle: Bundle, user_id: int) -> None:

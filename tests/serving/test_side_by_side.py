@@ -16,6 +16,7 @@ from made import SPACE, make_model, refresh, score, wait
 from encode.interests.snapshots import write_space
 from encode.serving.arrow import CONTENT_TYPE
 from encode.serving.bundle import Bundle
+from encode.serving.scoring import num_processors
 
 ITEMS = [10, 11, 12]
 
@@ -134,3 +135,21 @@ def test_numbers_that_are_none_are_refused_there_too(client, monkeypatch):
     plain = Bundle.compute
     monkeypatch.setattr(Bundle, "compute", lambda bundle, found: plain(bundle, found) * np.nan)
     assert [answer.status_code for answer in at_once(client.app, [in_json(1)] * 2)] == [500, 500]
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        (None, 6),
+        ("max 100000", 6),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("10000 100000", 1),
+        ("900000 100000", 6),
+    ],
+)
+def test_processors_are_those_that_the_container_may_use(tmp_path, monkeypatch, quota, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: set(range(6)))
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert num_processors(tmp_path / "cpu.max") == expected
