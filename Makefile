@@ -65,7 +65,7 @@ audit: $(STAMP) ## known vulnerabilities of the pinned requirements (asks osv.de
 	  echo "audit: failed: a vulnerability above, or osv.dev was not reached, and then nothing is known"; exit 1; }
 
 status: ## show the state of the local stack
-	@$(BIN)/encode stack status
+	@$(BIN)/encode stack status || true
 
 bench-cluster: $(VENV)/installed-bench ## behaviors clustered a second, against scikit-learn, faiss and a limit in C
 	@$(BIN)/python -m benchmarks.cluster

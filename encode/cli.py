@@ -766,6 +766,7 @@ def _stack_up(options: argparse.Namespace) -> None:
 
 
 def _stack_status(options: argparse.Namespace) -> None:
+    from encode.errors import EncodeError
     from encode.stack import status
 
     states = status(HOME)
@@ -775,6 +776,8 @@ def _stack_status(options: argparse.Namespace) -> None:
     if not options.json:
         for one in states:
             print(f"{one.name:>12}  {one.state:<8} {one.url:<24} log {one.log} {one.problem}".rstrip())
+    if ill := [one.name for one in states if one.state != "healthy"]:
+        raise EncodeError(f"not healthy: {', '.join(ill)}; `encode stack up` starts what does not run")
 
 
 def _stack_down(options: argparse.Namespace) -> None:

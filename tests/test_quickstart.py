@@ -5,7 +5,7 @@ import pytest
 
 from encode import cli
 from encode.quickstart import _print_summary, _told, _worked_seconds
-from encode.stack import Stack, home
+from encode.stack import ComponentStatus, Stack, home
 from encode.stack.processes import ProcessRecord
 
 DAGS = ("encode_validate", "encode_train", "encode_refresh", "encode_release")
@@ -162,3 +162,15 @@ def test_a_store_of_the_environment_needs_no_stack(no_places, monkeypatch, tmp_p
     monkeypatch.setenv("ENCODE_STORE", str(tmp_path / "store"))
     assert cli.main(["erase", "1", "--check", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["on_list"] == []
+
+
+def test_status_says_by_its_exit_whether_all_is_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "HOME", tmp_path)
+    assert cli.main(["stack", "status"]) == 1
+    told = capsys.readouterr()
+    assert [line.split()[1] for line in told.out.splitlines()] == ["stopped"] * 4
+    assert "error: not healthy: objectstore, mlflow, serving, airflow; `encode stack up` starts" in told.err
+    well = [ComponentStatus(one, "healthy", 1, "http://x", tmp_path) for one in ("objectstore", "mlflow")]
+    monkeypatch.setattr("encode.stack.status", lambda _home: well)
+    assert cli.main(["stack", "status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mlflow"]["state"] == "healthy"
