@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from fastapi import Request
 
 from encode.config import Places, RegistryConfig
 from encode.model.ctr import Reader, Recent, User
@@ -28,7 +30,8 @@ from encode.quality.rivals.sdim import Sdim
 from encode.quality.rivals.sim import SimHard, SimSoft
 from encode.schema import PADDING
 from encode.serving.app import create_app
-from encode.serving.bundle import Asked, Bundle, Found
+from encode.serving.bundle import Asked, Bundle, Found, Scored
+from encode.serving.scoring import Scorer
 from encode.serving.server import serve
 
 
@@ -36,6 +39,11 @@ def any_top(score: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tens
     """Return what `top_behaviors` does, but any of equals and in any order: to sort out ties takes most of its time."""
     best, places = score.masked_fill_(~mask[:, None], float("-inf")).topk(min(k, score.shape[2]), sorted=False)
     return places, best > float("-inf")
+
+
+async def on_the_event_loop(scorer: Scorer, request: Request, bundle: Bundle, asked: Asked) -> Scored:
+    """Score as `score_soon` does, but never on another thread: PyTorch's calls would hand the GIL to and fro."""
+    return scorer.score(request, bundle, asked)
 
 
 MODELS: dict[str, type[LongTerm]] = {
@@ -124,7 +132,10 @@ def main() -> None:
     follower = app.state.follower
     follower.look()  # what it finds later is the same release: then it leaves the bundle as it is
     follower.bundle = with_model(follower.bundle, options.model, options.histories)
-    with patch.object(sim, "top_behaviors", any_top), patch.object(eta, "top_behaviors", any_top):
+    with ExitStack() as patches:
+        for module in (sim, eta):
+            patches.enter_context(patch.object(module, "top_behaviors", any_top))
+        patches.enter_context(patch.object(Scorer, "score_soon", on_the_event_loop))
         serve(app, "127.0.0.1", options.port, 0, 1)
 
 

@@ -41,11 +41,13 @@ REPORT = "release/report.html"
 """Artifact of a version's run: why it may serve or not."""
 
 # Set before MLflow is imported. Its log would warn that the input example cannot be scored when it is logged, which is
-# so by design: the space gets its first snapshot after training.
-_QUIET = {
+# so by design: the space gets its first snapshot after training. A server that is gone is asked for a quarter of a
+# minute, not for the four minutes of MLflow, in which a command says nothing and serving does not say what is wrong.
+_DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -79,7 +81,7 @@ class Registry:
         if not places.tracking_uri:
             raise ConfigError("MLFLOW_TRACKING_URI is not set; expected the address of an MLflow server")
         self._places, self._config, self._uri = places, config, places.tracking_uri
-        for name, value in _QUIET.items():
+        for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

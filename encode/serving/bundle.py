@@ -116,17 +116,17 @@ class Bundle:
         return self.told(asked, found, self.compute(found))
 
     def look_up(self, asked: Asked) -> Found:
-        """Return what is known of the user and the candidates: the first third of `score`, which needs the GIL."""
+        """Find the user's row and the candidates' indices, with which `score` begins; it needs the GIL."""
         row = self.snapshot.find(asked.user_id)
         user = self._with_recent(state_of(row, self.space), asked.recent)
         return Found(user, self._index(asked.item_ids, asked.category_ids), row is not None)
 
     def compute(self, found: Found) -> Float[np.ndarray, " B"]:
-        """Return the probability of each candidate: the second, which does not."""
+        """Return the probability of each candidate of what `look_up` found; it hardly needs the GIL."""
         return self.engine.score(found.user, found.target)
 
     def told(self, asked: Asked, found: Found, probability: Float[np.ndarray, " B"]) -> Scored:
-        """Return what is answered: the third.
+        """Say of computed probabilities what had to be assumed, with which `score` ends.
 
         Raises:
             ArtifactError: a probability is not a number.
@@ -212,6 +212,7 @@ def load_bundle(
     space = read_space(storage, card.space)
     engine = Engine(space, reader)
     check_mirror(files, reader, space.items, where, engine.score)
+    engine.attention(state_of(None, space), np.array([UNKNOWN]))  # compiled now, not when somebody waits for it
     folder = folder_of(card.space)
     current = read_current(storage, folder)
     if current is None:

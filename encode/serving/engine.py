@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from encode.compiled import read_only
+from encode.errors import ArtifactError
 from encode.model.ctr import Encode, Reader
 from encode.model.files import UserState
 from encode.model.space import Space
@@ -35,21 +36,28 @@ class Engine:
     """
 
     def __init__(self, space: Space, reader: Reader) -> None:
+        """Take from both what scoring needs.
+
+        Raises:
+            ArtifactError: they are not of the same widths.
+        """
         first, *others = (layer for layer in reader.mlp if isinstance(layer, nn.Linear))
-        encode, D = cast(Encode, reader.long_term), space.embedding.shape[1]
+        encode, (D, P) = cast(Encode, reader.long_term), (space.embedding.shape[1], space.key.shape[1])
+        if encode.decoder.shape != (P, D) or first.in_features != 6 * D + encode.num_scalars + 2:
+            raise ArtifactError(f"model and space do not belong together: the space has vectors of {D} and keys of {P}")
         parts = np.cumsum([5 * D, D, encode.num_scalars + 1])
-        of_vectors, of_profile, of_numbers, of_length = np.split(_numbers(first.weight.T), parts)
-        flat = [_numbers(part).ravel() for layer in others for part in (layer.weight.T, layer.bias)]
+        of_vectors, of_profile, of_features, of_length = np.split(_array(first.weight.T), parts)
+        flat = [_array(part).ravel() for layer in others for part in (layer.weight.T, layer.bias)]
         self._model = kernels.Model(
-            read_only(space.embedding),
-            read_only(space.key),
+            _checked(space.embedding, (len(space.vocabulary), D), np.float32),
+            _checked(space.key, (len(space.vocabulary), P), np.float32),
             read_only(space.items.category.numpy()),
             np.float32(reader.scale.item()),
             np.float32(encode.size_prior),
-            read_only(_numbers(encode.decoder)),
+            read_only(_array(encode.decoder)),
             read_only(of_vectors.reshape(5, D, -1)),
-            read_only(of_numbers),
-            read_only(np.concatenate([of_profile, of_length, _numbers(first.bias)[None]])),
+            read_only(of_features),
+            read_only(np.concatenate([of_profile, of_length, _array(first.bias)[None]])),
             read_only(np.concatenate([np.zeros(0, np.float32), *flat])),
             read_only(np.array([layer.out_features for layer in (first, *others)])),
         )
@@ -63,9 +71,10 @@ class Engine:
 
         Raises:
             IndexError: an index is outside the vocabulary.
+            ValueError: an array is not of the type or shape that it should be.
         """
         probability = np.empty(len(target), np.float32)
-        kernels.score(self._model, _as_compiled_for(user), read_only(target), probability)
+        kernels.score(self._model, *self._compilable(user, target), probability)
         return probability
 
     def attention(
@@ -79,13 +88,34 @@ class Engine:
 
         Raises:
             IndexError: an index is outside the vocabulary.
+            ValueError: an array is not of the type or shape that it should be.
         """
-        interests, recent = kernels.attend(self._model, _as_compiled_for(user), read_only(target))
+        interests, recent = kernels.attend(self._model, *self._compilable(user, target))
         to_interests = np.zeros((len(target), len(user.size) + 1), np.float32)
         to_interests[:, np.append(np.flatnonzero(user.size > 0), len(user.size))] = interests.T
         to_recent = np.zeros((len(target), len(user.recent)), np.float32)
         to_recent[:, user.recent != PADDING] = recent.T
         return to_interests, to_recent
+
+    def _compilable(self, user: UserState, target: npt.NDArray[np.int64]) -> tuple[UserState, npt.NDArray[np.int64]]:
+        """Return both as the kernels know them, after a look at every type, shape and index."""
+        (V, D), P = self._model.embedding.shape, self._model.key.shape[1]
+        (B,), (K,), (N,), (R,) = target.shape, user.size.shape, user.item.shape, user.recent.shape
+        checked = UserState(
+            _checked(user.center, (K, P), np.float32),
+            _checked(user.value, (K, D), np.float32),
+            _checked(user.size, (K,), np.float32),
+            _checked(user.variance, (K, P), np.float32),
+            float(user.scale),
+            _checked(user.item, (N,), np.int64),
+            _checked(user.times, (N,), np.int64),
+            _checked(user.category, (N,), np.int64),
+            _checked(user.recent, (R,), np.int64),
+        )
+        found = _checked(target, (B,), np.int64)
+        if not (kernels.within(found, V) and kernels.within(checked.recent, V)):
+            raise IndexError(f"an item is outside the vocabulary of {V:,}")
+        return checked, found
 
 
 @contextmanager
@@ -103,11 +133,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _as_compiled_for(user: UserState) -> UserState:
-    """Return a user with arrays of the one kind that the kernels are compiled for."""
-    return UserState._make(part if isinstance(part, float) else read_only(part) for part in user)
+def _checked(array: npt.NDArray[Any], shape: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
+    """Return an array as the kernels know it, which read beyond the end of one that is of another shape."""
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"expected {np.dtype(dtype)} of {shape}, found {array.dtype} of {array.shape}")
+    return read_only(array)
 
 
-def _numbers(weight: Tensor) -> npt.NDArray[np.float32]:
+def _array(weight: Tensor) -> npt.NDArray[np.float32]:
     found: npt.NDArray[np.float32] = weight.detach().numpy()
     return found

@@ -20,11 +20,11 @@ from encode.compiled import compiled, hash_slot, table_bits
 from encode.schema import MOST_TIMES, PADDING, UNKNOWN
 
 BLOCK = 120
-"""Candidates: 120 x 64 x 128 is below the 10^6 up to which OpenBLAS does not pack."""
+"""Candidates: 120 x 64 x 128 is below the 10^6 up to which OpenBLAS does not pack where it has AVX-512."""
 LOWEST = np.finfo(np.float32).min
 """Log of nothing; not -inf, so that a candidate without any slot gives no NaN."""
 _AFFINITY, _TIMES, _IN_CATEGORY, _RECENT_AFFINITY = range(4)
-"""Numbers of a candidate: affinity, log(1 + n_t), the same of its category, recent affinity."""
+"""Features of a candidate: affinity, log(1 + n_t), the same of its category, recent affinity."""
 _LONG_TERM, _SHORT_TERM, _EMBEDDING, _LONG_TERM_PRODUCT, _SHORT_TERM_PRODUCT = range(5)
 """Vectors of a candidate: what it takes from interests and from recent behaviors, its own, and products with that."""
 
@@ -45,8 +45,8 @@ class Model(NamedTuple):
     """B, how embeddings change where keys do, [P, D]."""
     of_vectors: Any
     """Weights of the first layer, of the vectors of a candidate, [5, D, H]."""
-    of_numbers: Any
-    """Of its numbers, [4, H]."""
+    of_features: Any
+    """Of its features, [4, H]."""
     of_user: Any
     """Of the user's profile and of log(1 + behaviors), and the bias, [D + 2, H]."""
     layers: Any
@@ -80,6 +80,15 @@ class Past(NamedTuple):
 
 
 @compiled
+def within(index: Any, size: int) -> Any:
+    """Tell whether all of some indices are of a table of that size: kernels themselves look up without a check."""
+    outside = 0
+    for i in range(len(index)):
+        outside += index[i] < 0 or index[i] >= size
+    return outside == 0
+
+
+@compiled
 def score(model: Any, user: Any, target: Any, probability: Any) -> None:
     """Write the probability of each candidate.
 
@@ -88,28 +97,24 @@ def score(model: Any, user: Any, target: Any, probability: Any) -> None:
         user: a `UserState`.
         target: vocabulary index, [B].
         probability: is written, [B].
-
-    Raises:
-        IndexError: an index is outside the vocabulary.
     """
-    _check(target, len(model.key))
     interests, (recent_key, recent_value) = _interests(user, model.size_prior), _recent(model, user)
     bias = _of_user(model, user)
-    numbers = np.empty((4, len(target)), np.float32)
-    past = _past(target, model, user, interests.log_mass, numbers)
+    features = np.empty((4, len(target)), np.float32)
+    past = _past(target, model, user, interests.log_mass, features)
     for start in range(0, len(target), BLOCK):
         block = slice(start, min(start + BLOCK, len(target)))
         of_block = Past(past.log_prior[block], past.log_mass[block])
         vectors, key = _gather(model, target[block])
-        weights = _attend_interests(interests, of_block, key, user.scale, numbers[:, block])
+        weights = _attend_interests(interests, of_block, key, user.scale, features[:, block])
         _read_interests(interests, model.decoder, weights, key, vectors)
-        recent = _attend_recent(recent_key, key, numbers[_RECENT_AFFINITY, block])
+        recent_weights = _attend_recent(recent_key, key, features[_RECENT_AFFINITY, block])
         vectors[_SHORT_TERM] = 0
-        if len(recent):
-            np.dot(recent.T, recent_value, vectors[_SHORT_TERM])
+        if len(recent_weights):
+            np.dot(recent_weights.T, recent_value, vectors[_SHORT_TERM])
         _multiply(vectors[_LONG_TERM], vectors[_EMBEDDING], vectors[_LONG_TERM_PRODUCT])
         _multiply(vectors[_SHORT_TERM], vectors[_EMBEDDING], vectors[_SHORT_TERM_PRODUCT])
-        _mlp(model, bias, vectors, numbers[:, block], probability[block])
+        _mlp(model, bias, vectors, features[:, block], probability[block])
 
 
 @compiled
@@ -124,27 +129,16 @@ def attend(model: Any, user: Any, target: Any) -> Any:
     Returns:
         Weights of the interests that are not empty and, last, of what is remembered of the candidate itself,
         [K + 1, B], and of the recent behaviors, [R, B]; zeros where there is nothing to attend to.
-
-    Raises:
-        IndexError: an index is outside the vocabulary.
     """
-    _check(target, len(model.key))
     interests, (recent_key, _) = _interests(user, model.size_prior), _recent(model, user)
-    numbers = np.empty((4, len(target)), np.float32)
-    past = _past(target, model, user, interests.log_mass, numbers)
+    features = np.empty((4, len(target)), np.float32)
+    past = _past(target, model, user, interests.log_mass, features)
     _, key = _gather(model, target)
-    weights = _attend_interests(interests, past, key, user.scale, numbers)
-    return weights, _attend_recent(recent_key, key, numbers[_RECENT_AFFINITY])
+    weights = _attend_interests(interests, past, key, user.scale, features)
+    return weights, _attend_recent(recent_key, key, features[_RECENT_AFFINITY])
 
 
 # --- a user, once ------------------------------------------------------------------------------------------
-
-
-@compiled
-def _check(index: Any, size: int) -> None:
-    for i in range(len(index)):
-        if not 0 <= index[i] < size:
-            raise IndexError("an item is outside the vocabulary")
 
 
 @compiled
@@ -154,7 +148,7 @@ def _interests(user: Any, size_prior: Any) -> Any:
     value, log_prior = np.empty((len(held), user.value.shape[1]), np.float32), np.empty(len(held), np.float32)
     highest, mass = LOWEST, 0.0
     for k in range(len(held)):
-        log_prior[k] = size_prior * np.log(user.size[held[k]])
+        log_prior[k] = size_prior * np.log(max(user.size[held[k]], 1))
         highest = max(highest, log_prior[k])
         for d in range(value.shape[1]):
             value[k, d] = user.value[held[k], d]
@@ -173,7 +167,6 @@ def _recent(model: Any, user: Any) -> Any:
     held = np.flatnonzero(user.recent != PADDING)
     key = np.empty((len(held), model.key.shape[1]), np.float32)
     value = np.empty((len(held), model.embedding.shape[1]), np.float32)
-    _check(user.recent, len(model.key))
     for r in range(len(held)):
         item = user.recent[held[r]]
         for d in range(value.shape[1]):
@@ -199,8 +192,8 @@ def _of_user(model: Any, user: Any) -> Any:
 
 
 @compiled
-def _past(target: Any, model: Any, user: Any, log_mass: Any, numbers: Any) -> Any:
-    """Look up how often the user had each candidate, n, and its category; `numbers` gets both."""
+def _past(target: Any, model: Any, user: Any, log_mass: Any, features: Any) -> Any:
+    """Look up how often the user had each candidate, n, and its category; `features` gets both."""
     bits = table_bits(len(user.item))
     items, categories = np.full(1 << bits, -1, np.int64), np.full(1 << bits, -1, np.int64)
     times, sums = np.empty(1 << bits, np.int64), np.zeros(1 << bits, np.int64)
@@ -212,8 +205,8 @@ def _past(target: Any, model: Any, user: Any, log_mass: Any, numbers: Any) -> An
             categories[slot] = user.category[i]
             sums[slot] += user.times[i]
     prior, mass = np.full(len(target), LOWEST, np.float32), np.full(len(target), log_mass, np.float32)
-    numbers[_TIMES] = 0
-    numbers[_IN_CATEGORY] = 0
+    features[_TIMES] = 0
+    features[_IN_CATEGORY] = 0
     for b in range(len(target)):
         slot = _slot_of(items, target[b], bits)
         if items[slot] >= 0 and times[slot] > 0:
@@ -221,10 +214,10 @@ def _past(target: Any, model: Any, user: Any, log_mass: Any, numbers: Any) -> An
             prior[b] = model.size_prior * np.log(n)
             high = max(prior[b], log_mass)
             mass[b] = high + np.log(np.exp(prior[b] - high) + np.exp(log_mass - high))
-            numbers[_TIMES, b] = np.log1p(n)
+            features[_TIMES, b] = np.log1p(n)
         slot = _slot_of(categories, model.category[target[b]], bits)
         if sums[slot]:
-            numbers[_IN_CATEGORY, b] = np.log1p(float(min(sums[slot], MOST_TIMES)))
+            features[_IN_CATEGORY, b] = np.log1p(float(min(sums[slot], MOST_TIMES)))
     return Past(prior, mass)
 
 
@@ -258,14 +251,8 @@ def _gather(model: Any, target: Any) -> Any:
 
 
 @compiled
-def _copy(row: Any, to: Any) -> None:
-    for d in range(len(to)):
-        to[d] = row[d]
-
-
-@compiled
-def _attend_interests(interests: Any, past: Any, key: Any, scale: float, numbers: Any) -> Any:
-    """Return the weights that `relevance.attend_interests` does, [K + 1, b]; `numbers` gets the affinity."""
+def _attend_interests(interests: Any, past: Any, key: Any, scale: float, features: Any) -> Any:
+    """Return the weights that `relevance.attend_interests` does, [K + 1, b]; `features` gets the affinity."""
     K, P = len(interests.key), key.shape[1] // 2
     weights, total = np.empty((K + 1, len(key)), np.float32), np.empty(len(key), np.float32)
     np.dot(interests.key, key.T, weights[:K])
@@ -276,21 +263,21 @@ def _attend_interests(interests: Any, past: Any, key: Any, scale: float, numbers
         weights[K, b] = past.log_prior[b] + scale * key[b, P:].sum()
     _softmax(weights, total)
     for b in range(len(key)):
-        numbers[_AFFINITY, b] = total[b] - past.log_mass[b]
-        if numbers[_TIMES, b] == 0:
+        features[_AFFINITY, b] = total[b] - past.log_mass[b]
+        if past.log_prior[b] == LOWEST:
             weights[K, b] = 0
     return weights
 
 
 @compiled
-def _attend_recent(recent: Any, key: Any, affinity: Any) -> Any:
+def _attend_recent(recent_key: Any, key: Any, affinity: Any) -> Any:
     """Return the weights of the recent behaviors, [R, b]; `affinity` gets that to all, 0 where there is none."""
-    P, total = recent.shape[1], np.empty(len(key), np.float32)
-    weights = np.dot(recent, key[:, :P].copy().T)
-    if len(recent):
+    P, total = recent_key.shape[1], np.empty(len(key), np.float32)
+    weights = np.dot(recent_key, key[:, :P].copy().T)
+    if len(weights):
         _softmax(weights, total)
     for b in range(len(key)):
-        affinity[b] = total[b] - np.log(len(recent)) if len(recent) else 0
+        affinity[b] = total[b] - np.log(len(weights)) if len(weights) else 0
     return weights
 
 
@@ -363,18 +350,18 @@ def _multiply(x: Any, y: Any, product: Any) -> None:
 
 
 @compiled
-def _mlp(model: Any, bias: Any, vectors: Any, numbers: Any, probability: Any) -> None:
+def _mlp(model: Any, bias: Any, vectors: Any, features: Any, probability: Any) -> None:
     hidden = np.dot(vectors[0], model.of_vectors[0])
     part = np.empty_like(hidden)
     for v in range(1, len(vectors)):
         np.dot(vectors[v], model.of_vectors[v], part)
         _add(hidden, part)
-    weight = model.of_numbers
+    weight = model.of_features
     for b in range(len(hidden)):
-        one, two, three, four = numbers[0, b], numbers[1, b], numbers[2, b], numbers[3, b]
+        one, two, three, four = features[0, b], features[1, b], features[2, b], features[3, b]
         for h in range(hidden.shape[1]):
-            of_numbers = one * weight[0, h] + two * weight[1, h] + three * weight[2, h] + four * weight[3, h]
-            hidden[b, h] += bias[h] + of_numbers
+            of_features = one * weight[0, h] + two * weight[1, h] + three * weight[2, h] + four * weight[3, h]
+            hidden[b, h] += bias[h] + of_features
     begin = 0
     for layer in range(len(model.widths) - 1):
         before, after = model.widths[layer], model.widths[layer + 1]

@@ -111,17 +111,19 @@ def timed(bundle: Bundle, asked: Asked) -> tuple[Scored, float]:
 
 
 async def timed_aside(bundle: Bundle, asked: Asked, pool: Executor) -> tuple[Scored, float]:
-    """Do the same from the event loop, and compute on a thread of a pool; to wait for one takes no seconds."""
+    """Do the same from the event loop, and compute on a thread of a pool; to wait for a thread takes no seconds."""
     began = time.perf_counter()
     found = bundle.look_up(asked)
     looked_up = time.perf_counter() - began
 
     def compute() -> tuple[npt.NDArray[np.float32], float]:
-        began = time.perf_counter()
-        return bundle.compute(found), time.perf_counter() - began
+        began_here = time.perf_counter()
+        return bundle.compute(found), time.perf_counter() - began_here
 
     probability, computed = await asyncio.get_running_loop().run_in_executor(pool, compute)
-    return bundle.told(asked, found, probability), looked_up + computed
+    began = time.perf_counter()
+    scored = bundle.told(asked, found, probability)
+    return scored, looked_up + computed + time.perf_counter() - began
 
 
 def _score(bundle: Bundle, asked: Asked) -> _Cost:

@@ -12,8 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
+from encode.compiled import read_only
 from encode.config import ClusteringConfig, ModelConfig
 from encode.data.vocabulary import Vocabulary
+from encode.errors import ArtifactError
 from encode.model.ctr import Encode, Reader, Tables
 from encode.model.files import UserState, interest_weights, read_user
 from encode.model.space import Space, SpaceConfig, space_of
@@ -174,3 +176,49 @@ def test_one_thread_is_for_as_long_as_the_block():
         assert threads == 1
         assert set(of_blas) == {1}
     assert limits() == before
+
+
+def test_nothing_to_score_is_scored():
+    space, reader = MODELS[2]
+    assert len(Engine(space, reader).score(make_user(space, [5], 20, R, 3), np.zeros(0, np.int64))) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("size", lambda size: size[:-1]),
+        ("size", lambda size: size.astype(np.float64)),
+        ("variance", lambda variance: variance[:, :-1]),
+        ("value", lambda value: value[:, 1:]),
+        ("center", lambda center: center[0]),
+        ("center", lambda center: center.T.copy()),
+        ("times", lambda times: times[1:]),
+        ("category", lambda category: category[1:]),
+        ("item", lambda item: item.astype(np.int32)),
+        ("recent", lambda recent: recent[None]),
+    ],
+)
+def test_a_user_of_another_shape_or_type_is_refused_before_a_kernel_reads_beyond_it(name, changed):
+    space, reader = MODELS[2]
+    user = make_user(space, [5, 1], 20, R, 3)
+    with pytest.raises(ValueError, match=r"expected|unpack"):
+        Engine(space, reader).score(user._replace(**{name: changed(getattr(user, name))}), np.array([2]))
+
+
+def test_a_model_of_another_width_than_the_space_is_refused():
+    space, _ = MODELS[2]
+    other = ModelConfig(embedding_dim=2 * D, category_dim=2, projected_dim=P, recent_length=R)
+    with pytest.raises(ArtifactError, match=f"do not belong together: the space has vectors of {D} and keys of {P}"):
+        Engine(space, Reader(other, Encode(other)))
+
+
+def test_kernels_are_compiled_once_whatever_arrays_come():
+    """A second time would take seconds, and everybody would wait."""
+    space, reader = MODELS[2]
+    engine, user = Engine(space, reader), make_user(space, [5, 1], 20, R, 3)
+    turned = user._replace(center=np.asfortranarray(user.center), scale=np.float32(user.scale))
+    for one in (user, turned, UserState._make(read_only(part) if np.ndim(part) else part for part in user)):
+        for target in (np.arange(2, 9), read_only(np.arange(2, 9)), np.arange(2, 16)[::2]):
+            engine.score(one, target)
+            engine.attention(one, target)
+    assert len(kernels.score.signatures) == len(kernels.attend.signatures) == 1

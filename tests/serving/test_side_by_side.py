@@ -11,9 +11,11 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from made import SPACE, make_model, refresh, score, wait
+from made import FILES, SPACE, Client, make_model, refresh, score, wait
 
+from encode.config import RegistryConfig
 from encode.interests.snapshots import write_space
+from encode.serving.app import create_app
 from encode.serving.arrow import CONTENT_TYPE
 from encode.serving.bundle import Bundle
 from encode.serving.scoring import num_processors
@@ -117,7 +119,10 @@ def test_failures_beside_the_event_loop_withdraw_a_bundle_too(client, storage, r
     assert score(client)["bundle"]["space"] == SPACE.id
 
 
-def test_to_wait_for_a_thread_is_not_counted_as_scoring(client, monkeypatch):
+def test_to_wait_for_a_thread_is_not_counted_as_scoring(own_places, storage, registry, tmp_path, monkeypatch):
+    registry.release("1", FILES, SPACE)
+    client = Client(create_app(own_places, RegistryConfig(), tmp_path / "cache", seconds=3600, threads=1))
+    client.app.state.follower.look()
     count, seconds, plain = 8, 0.05, Bundle.compute
 
     def slow(bundle, found):
@@ -125,7 +130,6 @@ def test_to_wait_for_a_thread_is_not_counted_as_scoring(client, monkeypatch):
         return plain(bundle, found)
 
     monkeypatch.setattr(Bundle, "compute", slow)
-    monkeypatch.setattr(client.app.state.scorer._pool, "_max_workers", 1)
     at_once(client.app, [in_json(1)] * count)
     found = re.search(r'encode_model_seconds_sum\{role="champion"\} (\S+)', client.get("/metrics").text)
     assert count * seconds <= float(found[1]) < 2 * count * seconds, "with the waits it would be 4.5 times that"
