@@ -187,6 +187,17 @@ def wait(client, reached):
     raise AssertionError(f"still {state} after a minute")
 
 
+def release_another(client, storage, registry):
+    """Let version 2, another model in a space of its own, take the place of version 1; return the space."""
+    space, _, files = make_model(1)
+    write_space(storage, space, {})
+    refresh(storage, space=space)
+    registry.release("2", files, space)
+    client.post("/v1/release/reload")
+    wait(client, lambda state: state["bundle"]["model_version"] == "2")
+    return space
+
+
 def score(client, user_id=1, item_ids=(10, 11, 12), **more):
     answer = client.post("/v1/score", json={"user_id": user_id, "item_ids": list(item_ids), **more})
     assert answer.status_code == 200, answer.text

@@ -29,6 +29,7 @@ from made import (
     Client,
     make_model,
     refresh,
+    release_another,
     score,
     wait,
 )
@@ -324,12 +325,7 @@ def test_a_reload_without_news_keeps_the_bundle(client, monkeypatch):
 
 def test_a_new_version_brings_its_own_space(client, storage, registry):
     before = score(client)
-    space, _, files = make_model(1)
-    write_space(storage, space, {})
-    refresh(storage, space=space)
-    registry.release("2", files, space)
-    client.post("/v1/release/reload")
-    wait(client, lambda state: state["bundle"]["model_version"] == "2")
+    space = release_another(client, storage, registry)
     after = score(client)
     assert after["bundle"]["space"] == space.id != before["bundle"]["space"]
     assert after["probabilities"] != before["probabilities"]

@@ -11,10 +11,9 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
-from made import FILES, SPACE, Client, make_model, refresh, score, wait
+from made import FILES, SPACE, Client, release_another, score
 
 from encode.config import RegistryConfig
-from encode.interests.snapshots import write_space
 from encode.serving.app import create_app
 from encode.serving.arrow import CONTENT_TYPE
 from encode.serving.bundle import Bundle
@@ -101,12 +100,7 @@ def test_others_are_answered_while_one_is_computed(client, monkeypatch):
 
 
 def test_failures_beside_the_event_loop_withdraw_a_bundle_too(client, storage, registry, monkeypatch):
-    space, _, files = make_model(1)
-    write_space(storage, space, {})
-    refresh(storage, space=space)
-    registry.release("2", files, space)
-    client.post("/v1/release/reload")
-    wait(client, lambda state: state["bundle"]["model_version"] == "2")
+    release_another(client, storage, registry)
     plain = Bundle.compute
 
     def failing(bundle, found):
