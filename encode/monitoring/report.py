@@ -234,9 +234,10 @@ def _drift(now: Drawn, before: Drawn | None) -> str:
 
 
 def _drift_row(one: Shift) -> str:
-    word = verdict(one.psi, one.chance)
-    numbers = (f"{one.mean_before:,.4g}", f"{one.mean_now:,.4g}", f"{one.psi:.4f}", f"{one.chance:.4f}")
-    return f"<tr><td>{one.name}{''.join(f'<td class=number>{n}' for n in numbers)}<td class={word}>{word}</tr>"
+    found = ((one.mean_before, ",.4g"), (one.mean_now, ",.4g"), (one.psi, ".4f"), (one.chance, ".4f"))
+    cells = "".join(f"<td class=number>{'-' if np.isnan(number) else format(number, form)}" for number, form in found)
+    word = "not measured" if np.isnan(one.psi) else verdict(one.psi, one.chance)
+    return f'<tr><td>{one.name}{cells}<td class="{word}">{word}</tr>'
 
 
 def _freshness(now: Drawn, histories: Manifest | None, as_of: date) -> str:

@@ -5,13 +5,15 @@ import re
 import shutil
 from datetime import date
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from encode.data.parquet import parquet_bytes
 from encode.interests.snapshots import folder_of
 from encode.monitoring.charts import bars
-from encode.monitoring.report import Drawn, render, report_key, write_report
+from encode.monitoring.drift import shift
+from encode.monitoring.report import Drawn, _drift_row, render, report_key, write_report
 from encode.monitoring.sample import read_sample
 from encode.outputs import MANIFEST, read_manifest
 from encode.pointers import read_pointer
@@ -169,3 +171,8 @@ def test_bars_by_hand():
     heights = [float(found) for found in re.findall(r'class="now"[^>]*height="([\d.]+)"', drawn)]
     assert heights[1] == 2 * heights[0]
     assert bars("none", [], []).startswith("<svg")
+
+
+def test_what_could_not_be_measured_is_said_not_to_be():
+    page = _drift_row(shift("behaviors a user", np.zeros(0), np.array([3.0, 5.0])))
+    assert re.findall(r"<td[^>]*>([^<]*)", page) == ["behaviors a user", "-", "4", "-", "-", "not measured"]
