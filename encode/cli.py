@@ -171,7 +171,11 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
     text = f"folder for snapshots (default: snapshots in --workdir, else in {HOME})"
     serve.add_argument("--cache", type=Path, help=text.replace("%", "%%"))
     serve.add_argument(
-        "--poll", type=_at_least(0.1), default=10.0, metavar="SECONDS", help="between looks for a new release"
+        "--poll",
+        type=_at_least(0.1),
+        default=10.0,
+        metavar="SECONDS",
+        help="between looks for a new release (default: %(default)s)",
     )
     serve.add_argument("--max-age", type=int, metavar="DAYS", help="report an older snapshot as stale (default: never)")
     serve.add_argument(
@@ -200,7 +204,7 @@ def _add_serving(add: Callable[..., Any], with_step: Callable[..., Any]) -> None
         ("--shadow-share", "of the champion's requests: scored by the challenger, too, without anybody waiting"),
     ):
         rollout.add_argument(name, type=_share, default=0.0, metavar="SHARE", help=f"{text} (default: %(default)s)")
-    text = "that compute beside the event loop (default: one for each processor but one)"
+    text = "threads that compute while another reads and answers (default: one for each processor but one)"
     serve.add_argument("--threads", type=_at_least(1), metavar="N", help=text)
     serve.add_argument("--new-key", action="store_true", help="print a new API key and its SHA-256, and end")
     limits = serve.add_argument_group("limits")
@@ -557,9 +561,12 @@ def _serve(options: argparse.Namespace) -> None:
         _new_key(options)
         return
 
+    from encode.errors import ConfigError
     from encode.serving.keys import read_hashes, require_keys
     from encode.serving.shard import Shard
 
+    if why := _why_not_to_listen(options.host, options.port):
+        raise ConfigError(f"{options.host}:{options.port}: {why}; choose another --host or --port")
     environment = _environment()
     hashes = read_hashes(options.keys, environment.get("ENCODE_SERVING_KEYS", ""))
     require_keys(options.host, hashes)
@@ -589,6 +596,21 @@ def _serve(options: argparse.Namespace) -> None:
     )
     with claimed(cache):
         serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
+
+
+def _why_not_to_listen(host: str, port: int) -> str | None:
+    """Return why a server cannot listen there, before it loads what takes seconds; None if it can."""
+    import socket
+
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _new_key(options: argparse.Namespace) -> None:

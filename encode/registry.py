@@ -48,6 +48,7 @@ _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -245,7 +246,10 @@ class Registry:
             try:
                 files = {name: (root / "artifacts" / "model" / name).read_bytes() for name in MODEL_FILES}
             except FileNotFoundError as error:
-                raise ArtifactError(f"{where}: {Path(error.filename).name} is missing; train it again") from None
+                raise ArtifactError(
+                    f"{where}: {Path(error.filename).name} is missing; train it again, or put its folder back if "
+                    "moved: MLflow keeps the path of every file"
+                ) from None
         if model_digest(files) != version.model:
             raise ArtifactError(
                 f"{where}: damaged: digest {model_digest(files)[:12]}, registered as {version.model[:12]}"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -230,11 +231,22 @@ def test_a_quickstart_tells_each_end_of_a_release(result, told):
     assert _told("encode_release", result).startswith(told)
 
 
+def test_a_port_that_is_taken_is_refused_at_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = encode("serve", "--workdir", tmp_path, "--preset", "tiny", "--port", port, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: 127.0.0.1:{port}: Address already in use; choose another --host or --port\n",
+    )
+
+
 def test_a_server_that_is_gone_is_named(tmp_path):
     done = encode(
         *("score", "--user", 1, "--items", 2), cwd=tmp_path, ENCODE_STORE="x", ENCODE_SERVING_URL="http://127.0.0.1:9"
     )
     assert done.returncode == 1
+    assert "http://127.0.0.1:9: " in done.stderr
     assert "Is the stack up?" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -93,7 +93,7 @@ def create_app(
         docs_url=None,  # they load scripts from elsewhere; the page at / lists the routes instead
         redoc_url=None,
         middleware=[
-            Middleware(Observed, metrics=metrics),
+            Middleware(Observed, metrics=metrics, is_draining=lambda: scorer.draining),
             Middleware(keys.KeyRequired, hashes=hashes, open_paths=open_paths),
             Middleware(Limited, limits=limits or Limits(), work=work, spared=SPARED_PATHS, on_shed=metrics.shed),
         ],

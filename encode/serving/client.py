@@ -41,8 +41,13 @@ def interests(places: Places, config: RegistryConfig, user_id: int, item_id: int
 
 
 def _ask(places: Places, config: RegistryConfig, method: str, path: str, **options: Any) -> dict[str, Any]:
-    with _client(places, config) as client:
-        answer: httpx.Response = client.request(method, path, **options)
+    import httpx
+
+    try:
+        with _client(places, config) as client:
+            answer: httpx.Response = client.request(method, path, **options)
+    except httpx.TransportError as error:
+        raise ConnectionError(f"{places.serving_url}: {error}") from None
     if answer.status_code == 401:
         raise ConfigError(f"{places.serving_url}: asks for a key; set ENCODE_SERVING_KEY to one that it knows")
     if answer.status_code in (404, 422):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,10 +20,13 @@ _CLIENT_LEFT = 499
 
 
 class Observed:
-    """ASGI middleware around all others. A fault of this program is logged and answered here."""
+    """ASGI middleware around all others. A fault of this program is logged and answered here.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    While the process drains, answers close their connection: a client that keeps it would lose its next request.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, is_draining: Callable[[], bool]) -> None:
+        self._app, self._metrics, self._is_draining = app, metrics, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,7 +40,10 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["traceparent"] = trace.header()
+                headers = MutableHeaders(scope=message)
+                headers["traceparent"] = trace.header()
+                if self._is_draining():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

@@ -34,6 +34,7 @@ class InferenceProblem(BaseModel):
     error: str
 
 
+_NOT_JSON = {"type": "value_error", "loc": ["header", "Content-Type"], "msg": "expected application/json"}
 _MOST_PLACES = 20
 """That are told of one request: each unknown field is one."""
 _REASONS = {
@@ -78,6 +79,8 @@ def handle_problems(app: FastAPI) -> None:
     def refuse(request: Request, error: RequestValidationError) -> Response:
         """Say where and why, but not what was found: FastAPI's own answer breaks on NaN and on halves of characters."""
         _forget_frames(error)
+        if _is_unread(request, error):
+            return problem(request.scope, 422, [_NOT_JSON])
         places = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()[:_MOST_PLACES]]
         return problem(request.scope, 422, places)
 
@@ -85,6 +88,13 @@ def handle_problems(app: FastAPI) -> None:
     def tell(request: Request, error: HTTPException) -> Response:
         _forget_frames(error)
         return problem(request.scope, error.status_code, error.detail, error.headers)
+
+
+def _is_unread(request: Request, error: RequestValidationError) -> bool:
+    """Tell whether a body was not read as JSON, for it is not said to be: FastAPI checks bytes then."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = given.startswith("application/") and given.endswith(("/json", "+json"))
+    return not is_json and any(one["type"] == "model_attributes_type" for one in error.errors())
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -130,3 +130,17 @@ def test_a_folder_of_snapshots_is_of_one_process_until_it_ends(start_serving, wo
     assert "another process serves from it; give each one a --cache of its own" in capsys.readouterr().err
     serving.end()
     start_serving()
+
+
+def test_answers_close_their_connection_while_it_drains(start_serving):
+    """A client that kept it would send its next request into a connection that is closed at that moment."""
+    serving = start_serving("--drain-delay", "600")
+    asked = {"content": BODY, "headers": {"Content-Type": "application/json"}}
+    with httpx.Client(base_url=serving.url) as client:
+        assert "Connection" not in client.post("/v1/score", **asked).headers
+        serving.process.send_signal(signal.SIGTERM)
+        while client.get("/ready").status_code == 200:
+            time.sleep(0.02)
+        answers = [client.post("/v1/score", **asked) for _ in range(3)]
+    assert [(answer.status_code, answer.headers["Connection"]) for answer in answers] == [(200, "close")] * 3
+    assert serving.stop() == 0

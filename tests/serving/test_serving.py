@@ -416,3 +416,14 @@ def test_a_failing_registry_keeps_the_bundle_and_is_reported(client, registry, m
     client.post("/v1/release/reload")
     wait(client, lambda state: state["error"] == "ConnectionError: refused")
     assert score(client) == before
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
+def test_a_body_that_is_not_said_to_be_json_is_told_so(client, headers):
+    told = client.post("/v1/score", content=b'{"user_id": 1, "item_ids": [10]}', headers=headers)
+    assert told.status_code == 422
+    assert told.json()["detail"] == [
+        {"type": "value_error", "loc": ["header", "Content-Type"], "msg": "expected application/json"}
+    ]
+    answer = client.post("/v1/score", content=b"[]", headers={"Content-Type": "application/json"})
+    assert answer.json()["detail"][0]["loc"] == ["body"]
