@@ -76,10 +76,10 @@ bench-refresh: $(VENV)/installed-bench ## refresh of 10 to 100 M behaviors, agai
 bench-train: $(VENV)/installed-fuxictr ## impressions trained a second, against DIN and SIM of FuxiCTR (4 minutes)
 	@$(BIN)/python -m benchmarks.train
 
-bench-serve: $(STAMP) ## latency of 1,000 candidates, in the process and over HTTP, against MLflow, SIM, ETA, SDIM (4 minutes)
+bench-serve: $(STAMP) ## latency of 1,000 candidates, in the process and over HTTP, against MLflow, SIM, ETA, SDIM (10 minutes)
 	@$(BIN)/python -m benchmarks.serve
 
-bench-swaps: $(STAMP) ## 200 releases while requests are answered: how many fail, how many mix two bundles (4 minutes)
+bench-swaps: $(STAMP) ## 200 releases while requests are answered: how many fail, how many mix two bundles (2 minutes)
 	@$(BIN)/python -m benchmarks.swaps
 
 bench-hammer: $(VENV)/installed-bench ## 100,000 bad requests, slow clients, kill -9: what breaks serving (10 minutes)
