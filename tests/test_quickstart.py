@@ -169,7 +169,7 @@ def test_status_says_by_its_exit_whether_all_is_well(tmp_path, monkeypatch, caps
     assert cli.main(["stack", "status"]) == 1
     told = capsys.readouterr()
     assert [line.split()[1] for line in told.out.splitlines()] == ["stopped"] * 4
-    assert "error: not healthy: objectstore, mlflow, serving, airflow; `encode stack up` starts" in told.err
+    assert "error: not healthy: objectstore, mlflow, airflow, serving; `encode stack up` starts" in told.err
     well = [ComponentStatus(one, "healthy", 1, "http://x", tmp_path) for one in ("objectstore", "mlflow")]
     monkeypatch.setattr("encode.stack.status", lambda _home: well)
     assert cli.main(["stack", "status", "--json"]) == 0
