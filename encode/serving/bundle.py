@@ -165,6 +165,12 @@ class Bundle:
         *weights, itself = found[0].tolist()
         return [*weights[: len(row["size"])], itself]
 
+    def explained(self, asked: Asked) -> tuple[Float[np.ndarray, "B K"], Float[np.ndarray, " B"]]:
+        """Return how much each candidate attends to each interest of `interests`, and to itself."""
+        row, found = self.snapshot.find(asked.user_id), self.look_up(asked)
+        weights, _ = self.engine.attention(found.user, found.target)
+        return weights[:, : len(row["size"]) if row else 0], weights[:, -1]
+
     def knows(self, item_id: int) -> bool:
         """Tell whether an item has an embedding of its own."""
         return bool(self.space.vocabulary.is_item(self._index([item_id], None))[0])

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from encode.serving.bundle import Asked, Behavior
 
 MAX_CANDIDATES = 5_000
+MAX_EXPLAINED = 100
 Id = Annotated[int, Field(gt=0, le=2**63 - 1)]
 StrictId = Annotated[int, Field(gt=0, le=2**63 - 1, strict=True)]
 Category = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -56,6 +57,12 @@ class ScoreRequest(Body):
         categories = None if self.category_ids is None else np.array(self.category_ids, np.int64)
         recent = [Behavior(one.item_id, one.category_id, one.timestamp) for one in self.recent]
         return Asked(self.user_id, np.array(self.item_ids, np.int64), categories, recent)
+
+
+class ExplainRequest(ScoreRequest):
+    """A user and the candidates whose scores are to be explained."""
+
+    item_ids: Many[StrictId] = Field(min_length=1, max_length=MAX_EXPLAINED)
 
 
 def written(answer: BaseModel) -> Response:
@@ -118,6 +125,25 @@ class InterestsResponse(BaseModel):
     item_id: int = Field(0, description="the item that was asked about; absent without one, as all that follows")
     attention_to_itself: float = Field(0, description="to the user's own past with that very item")
     unknown_item: bool = False
+
+
+class Explained(BaseModel):
+    """Why an item scores as it does."""
+
+    item_id: int
+    probability: float
+    attention: list[float] = Field(description="to each of the interests, in their order")
+    attention_to_itself: float = Field(description="to the user's own past with that very item")
+
+
+class ExplainResponse(BaseModel):
+    """Scores of a user, and what of the user each of them attends to."""
+
+    user_id: int
+    interests: list[Interest] = Field(description="largest first; none for an unknown user")
+    scores: list[Explained]
+    bundle: BundleInfo
+    fallbacks: Fallbacks
 
 
 class Ready(BaseModel):

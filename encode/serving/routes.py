@@ -9,6 +9,9 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from encode.serving.bundle import Bundle
 from encode.serving.messages import (
     BundleInfo,
+    Explained,
+    ExplainRequest,
+    ExplainResponse,
     Id,
     InterestsResponse,
     Refusal,
@@ -65,6 +68,21 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
             fallbacks=scorer.fallbacks(bundle, scored),
         )
         return written(answer)
+
+    @routes.post("/explain", response_model=ExplainResponse, response_model_exclude_unset=True, openapi_extra=BY_ROLE)
+    async def explain(request: Request, asked: ExplainRequest) -> dict[str, Any]:
+        """Return the probability of each candidate, and how much of its attention each interest of the user has."""
+        bundle, wanted = scorer.bundle(request, asked.user_id), asked.asked()
+        scored = await scorer.score_soon(request, bundle, wanted)
+        attention, itself = bundle.explained(wanted)
+        found = zip(asked.item_ids, scored.probabilities.tolist(), attention.tolist(), itself.tolist(), strict=True)
+        return {
+            "user_id": asked.user_id,
+            "interests": bundle.interests(asked.user_id) or [],
+            "scores": [dict(zip(Explained.model_fields, one, strict=True)) for one in found],
+            "bundle": bundle.describe(),
+            "fallbacks": scorer.fallbacks(bundle, scored).model_dump(),
+        }
 
     _add_interests(routes, scorer)
     return routes

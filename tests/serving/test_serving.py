@@ -427,3 +427,27 @@ def test_a_body_that_is_not_said_to_be_json_is_told_so(client, headers):
     ]
     answer = client.post("/v1/score", content=b"[]", headers={"Content-Type": "application/json"})
     assert answer.json()["detail"][0]["loc"] == ["body"]
+
+
+def test_explanations_are_of_the_scores_and_of_the_interests(client):
+    body = {"user_id": 1, "item_ids": [10, 11, 999_999], "category_ids": [1, 2, 3]}
+    told = client.post("/v1/explain", json=body).json()
+    scored = client.post("/v1/score", json=body).json()
+    assert [one["item_id"] for one in told["scores"]] == body["item_ids"]
+    assert [one["probability"] for one in told["scores"]] == scored["probabilities"]
+    assert (told["bundle"], told["fallbacks"]) == (scored["bundle"], scored["fallbacks"])
+    assert told["interests"] == client.get("/v1/users/1/interests").json()["interests"]
+    for one in told["scores"]:
+        assert len(one["attention"]) == len(told["interests"]) > 1
+        assert sum(one["attention"]) + one["attention_to_itself"] == pytest.approx(1, abs=1e-5)
+    asked = client.get("/v1/users/1/interests", params={"item_id": 10}).json()
+    assert told["scores"][0]["attention"] == pytest.approx([one["attention"] for one in asked["interests"]], abs=1e-6)
+    assert told["scores"][0]["attention_to_itself"] == pytest.approx(asked["attention_to_itself"], abs=1e-6)
+
+
+def test_explanations_of_an_unknown_user_are_empty_and_of_too_many_items_refused(client):
+    told = client.post("/v1/explain", json={"user_id": UNKNOWN_USER, "item_ids": [10]}).json()
+    assert told["interests"] == told["scores"][0]["attention"] == []
+    assert told["scores"][0]["attention_to_itself"] == 0
+    assert told["fallbacks"]["unknown_user"]
+    assert client.post("/v1/explain", json={"user_id": 1, "item_ids": [10] * 101}).status_code == 422
