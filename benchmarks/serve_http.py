@@ -243,8 +243,11 @@ def max_rate(port: int, requests: Sequence[bytes], ms: float, pace: HttpPace, li
 
     def sustained(rate: float) -> bool:
         # In one trial of two: a moment in which the machine did something else is not the server's.
-        trials = (offer(port, requests, poisson(rate, pace.trial, pace.requests), give_up_ms=limit_ms) for _ in "ab")
-        return any(trial.quantile(0.99) < limit_ms for trial in trials)
+        return any(
+            offer(port, requests, poisson(rate, pace.trial, pace.requests), give_up_ms=limit_ms).quantile(0.99)
+            < limit_ms
+            for _ in range(2)
+        )
 
     return round(highest_rate(sustained, 500 / ms, pace.steps), 1) if ms < limit_ms else 0
 

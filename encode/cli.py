@@ -564,8 +564,9 @@ def _serve(options: argparse.Namespace) -> None:
     from encode.errors import ConfigError
     from encode.serving.keys import read_hashes, require_keys
     from encode.serving.shard import Shard
+    from encode.stack.ports import why_not_free
 
-    if why := _why_not_to_listen(options.host, options.port):
+    if why := why_not_free(options.port, options.host):
         raise ConfigError(f"{options.host}:{options.port}: {why}; choose another --host or --port")
     environment = _environment()
     hashes = read_hashes(options.keys, environment.get("ENCODE_SERVING_KEYS", ""))
@@ -596,21 +597,6 @@ def _serve(options: argparse.Namespace) -> None:
     )
     with claimed(cache):
         serve(app, options.host, options.port, options.drain_delay, options.drain_timeout)
-
-
-def _why_not_to_listen(host: str, port: int) -> str | None:
-    """Return why a server cannot listen there, before it loads what takes seconds; None if it can."""
-    import socket
-
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def _new_key(options: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from encode import __version__, steps
 from encode.config import Config, Places, load_config
 from encode.data.sources import require_log
@@ -173,12 +175,15 @@ def _had_by(bundle: Bundle, user: int) -> list[int]:
 
 def _new_to(bundle: Bundle, user: int) -> list[int]:
     """Return favorites of other users that the snapshot does not hold of this one."""
+    from encode.serving.bundle import Asked
+
     held = {item["item_id"] for interest in bundle.interests(user) or [] for item in interest["top_items"]}
     others = islice(chain.from_iterable(bundle.snapshot.user_ids()), _NUM_OTHERS)
     liked = dict.fromkeys(item for other in others for item in _top_items(bundle, int(other), 0)[:1])
+    unheld = [item for item in liked if item not in held]
     # What the user has had attends to itself.
-    new = (item for item in liked if item not in held and not (bundle.attention(user, item) or [0])[-1])
-    return list(islice(new, _NUM_SCORED))
+    _, itself = bundle.attention(Asked(user, np.array(unheld, np.int64)))
+    return [item for item, weight in zip(unheld, itself.tolist(), strict=True) if not weight][:_NUM_SCORED]
 
 
 def _top_items(bundle: Bundle, user: int, place: int) -> list[int]:

@@ -19,6 +19,7 @@ from encode.data.parquet import read_parquet
 from encode.errors import ArtifactError
 from encode.interests.extract import state_of
 from encode.interests.snapshots import folder_of, read_space
+from encode.interests.user_rows import UserRow
 from encode.model.ctr import Reader
 from encode.model.files import ModelCard, UserState, check_mirror, load_model, model_digest
 from encode.model.space import Space
@@ -61,8 +62,8 @@ class Found(NamedTuple):
     user: UserState
     target: Int64[np.ndarray, " B"]
     """Vocabulary index of each candidate."""
-    is_known: bool
-    """The user has a row in the snapshot."""
+    row: UserRow | None
+    """Of the user in the snapshot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ class Bundle:
         """Find the user's row and the candidates' indices, with which `score` begins; it needs the GIL."""
         row = self.snapshot.find(asked.user_id)
         user = self._with_recent(state_of(row, self.space), asked.recent)
-        return Found(user, self._index(asked.item_ids, asked.category_ids), row is not None)
+        return Found(user, self._index(asked.item_ids, asked.category_ids), row)
 
     def compute(self, found: Found) -> Float[np.ndarray, " B"]:
         """Return the probability of each candidate of what `look_up` found; it hardly needs the GIL."""
@@ -134,7 +135,7 @@ class Bundle:
         if not np.isfinite(probability).all():
             raise ArtifactError(f"bundle {self.id}: a probability is not a number")
         unknown = asked.item_ids[~self.space.vocabulary.is_item(found.target)]
-        return Scored(probability, not found.is_known, unknown.tolist())
+        return Scored(probability, found.row is None, unknown.tolist())
 
     def interests(self, user_id: int) -> list[dict[str, Any]] | None:
         """Return what the system thinks a user likes, largest interest first; None for an unknown user."""
@@ -153,23 +154,14 @@ class Bundle:
             for size, newest, items in zip(sizes, row["newest"].tolist(), row["top_items"], strict=True)
         ]
 
-    def attention(self, user_id: int, item_id: int) -> list[float] | None:
-        """Return beta: how much a candidate attends to each interest of `interests`, and last to itself.
+    def attention(self, asked: Asked) -> tuple[Float[np.ndarray, "B K"], Float[np.ndarray, " B"]]:
+        """Return beta: how much each candidate attends to each interest of `interests`, and to itself.
 
-        The last is 0 for an item that the user never had. None for an unknown user.
+        The last is 0 for an item that the user never had. An unknown user has no interests.
         """
-        row = self.snapshot.find(user_id)
-        if row is None:
-            return None
-        found, _ = self.engine.attention(state_of(row, self.space), self._index([item_id], None))
-        *weights, itself = found[0].tolist()
-        return [*weights[: len(row["size"])], itself]
-
-    def explained(self, asked: Asked) -> tuple[Float[np.ndarray, "B K"], Float[np.ndarray, " B"]]:
-        """Return how much each candidate attends to each interest of `interests`, and to itself."""
-        row, found = self.snapshot.find(asked.user_id), self.look_up(asked)
+        found = self.look_up(asked)
         weights, _ = self.engine.attention(found.user, found.target)
-        return weights[:, : len(row["size"]) if row else 0], weights[:, -1]
+        return weights[:, : len(found.row["size"]) if found.row else 0], weights[:, -1]
 
     def knows(self, item_id: int) -> bool:
         """Tell whether an item has an embedding of its own."""

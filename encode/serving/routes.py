@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, HTTPException, Request, Response
 
-from encode.serving.bundle import Bundle
+from encode.serving.bundle import Asked, Bundle
 from encode.serving.messages import (
     BundleInfo,
     Explained,
@@ -74,7 +75,7 @@ def own_routes(scorer: Scorer, score_also: dict[str, Any]) -> APIRouter:
         """Return the probability of each candidate, and how much of its attention each interest of the user has."""
         bundle, wanted = scorer.bundle(request, asked.user_id), asked.asked()
         scored = await scorer.score_soon(request, bundle, wanted)
-        attention, itself = bundle.explained(wanted)
+        attention, itself = bundle.attention(wanted)
         found = zip(asked.item_ids, scored.probabilities.tolist(), attention.tolist(), itself.tolist(), strict=True)
         return {
             "user_id": asked.user_id,
@@ -108,7 +109,7 @@ def _add_interests(routes: APIRouter, scorer: Scorer) -> None:
             raise HTTPException(404, f"user {user_id}: no interests in snapshot {bundle.pointer.snapshot}")
         answer = {"user_id": user_id, "interests": found, "bundle": bundle.describe()}
         if item_id is not None:
-            *weights, itself = bundle.attention(user_id, item_id) or []
+            (weights,), (itself,) = (part.tolist() for part in bundle.attention(Asked(user_id, np.array([item_id]))))
             for interest, weight in zip(found, weights, strict=True):
                 interest["attention"] = weight
             answer |= {"item_id": item_id, "attention_to_itself": itself, "unknown_item": not bundle.knows(item_id)}

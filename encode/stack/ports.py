@@ -76,13 +76,19 @@ def _choose(
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on 127.0.0.1:`port` now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    return why_not_free(port) is None
+
+
+def why_not_free(port: int, host: str = "127.0.0.1") -> str | None:
+    """Why a server could not listen there now; None if it could."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def free_port(taken: Collection[int] = ()) -> int:

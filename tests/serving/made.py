@@ -187,6 +187,17 @@ def wait(client, reached):
     raise AssertionError(f"still {state} after a minute")
 
 
+def arrow_stream(columns, user="1", types=None, batches=1, codec=None, recent=None):
+    """An Arrow stream of columns by name, as bytes."""
+    told, types = {"user_id": user, "recent": recent}, types or pa.int64()
+    schema = pa.schema([(name, types) for name in columns], {key: one for key, one in told.items() if one is not None})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
+        for _ in range(batches):
+            writer.write_batch(pa.record_batch([pa.array(c, types) for c in columns.values()], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
 def release_another(client, storage, registry):
     """Let version 2, another model in a space of its own, take the place of version 1; return the space."""
     space, _, files = make_model(1)

@@ -9,6 +9,7 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import arrow_stream
 
 from encode.serving.arrow import read_request
 from encode.serving.messages import MAX_CANDIDATES, ScoreRequest
@@ -30,16 +31,8 @@ def expected(client):
     return answer.json()
 
 
-def stream(columns=None, user="1", types=INT64, batches=1, codec=None, recent=None):
-    """An Arrow stream of columns by name, as bytes."""
-    told = {"user_id": user, "recent": recent}
-    columns = {"item_id": ITEMS} if columns is None else columns
-    schema = pa.schema([(name, types) for name in columns], {key: one for key, one in told.items() if one is not None})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
-        for _ in range(batches):
-            writer.write_batch(pa.record_batch([pa.array(c, types) for c in columns.values()], schema=schema))
-    return sink.getvalue().to_pybytes()
+def stream(columns=None, *more, **options):
+    return arrow_stream({"item_id": ITEMS} if columns is None else columns, *more, **options)
 
 
 # --- Arrow -------------------------------------------------------------------------------------------------

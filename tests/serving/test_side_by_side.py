@@ -9,9 +9,8 @@ import time
 
 import httpx
 import numpy as np
-import pyarrow as pa
 import pytest
-from made import FILES, SPACE, Client, release_another, score
+from made import FILES, SPACE, Client, arrow_stream, release_another, score
 
 from encode.config import RegistryConfig
 from encode.serving.app import create_app
@@ -27,11 +26,8 @@ def in_json(user):
 
 
 def in_arrow(user):
-    schema = pa.schema([("item_id", pa.int64())], {"user_id": str(user)})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([pa.array(ITEMS)], schema=schema))
-    return "/v1/score", {"content": sink.getvalue().to_pybytes(), "headers": {"Content-Type": CONTENT_TYPE}}
+    body = arrow_stream({"item_id": ITEMS}, str(user))
+    return "/v1/score", {"content": body, "headers": {"Content-Type": CONTENT_TYPE}}
 
 
 def in_v2(user):
